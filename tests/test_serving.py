@@ -1,0 +1,143 @@
+"""Stress tests of the serving part: exact search against a full sort, folders that were damaged, ids that do not exist."""
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings, strategies as st
+
+from sharp_distill.core import UserError
+from sharp_distill.serving import Recommender, build_recommender, exact_topk, full_sort_topk, index_items
+
+ENGINES = ("numpy", "torch", "int8")
+
+
+def draw_case(seed, n_items, n_users, d, kind, share_seen):
+    gen = np.random.default_rng(seed)
+    if kind == "ties": u, i = (gen.integers(-1, 2, size=(n, d)).astype(np.float32) for n in (n_users, n_items))
+    elif kind == "copies": u, i = gen.normal(size=(n_users, d)).astype(np.float32), gen.normal(size=(max(1, n_items // 7), d)).astype(np.float32)[gen.integers(0, max(1, n_items // 7), n_items)]
+    elif kind == "zeros": u, i = np.zeros((n_users, d), np.float32), gen.normal(size=(n_items, d)).astype(np.float32)
+    else: u, i = gen.normal(size=(n_users, d)).astype(np.float32), gen.normal(size=(n_items, d)).astype(np.float32)
+    if kind == "lengths": i = (i * np.exp(2 * gen.normal(size=(n_items, 1)))).astype(np.float32)
+    if kind == "tiny": u, i = u * np.float32(1e-18), i * np.float32(1e-18)
+    if kind == "large": u, i = u * np.float32(1e8), i * np.float32(1e8)
+    seen = None if share_seen is None else sp.csr_matrix(gen.random((n_users, n_items)) < share_seen)
+    return u, i, seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), n_items=st.one_of(st.integers(1, 40), st.integers(1000, 1100), st.integers(2000, 9000)), n_users=st.integers(1, 20), d=st.integers(1, 33),
+       kind=st.sampled_from(["normal", "ties", "copies", "zeros", "lengths", "tiny", "large"]), share_seen=st.sampled_from([None, 0., .02, .5, .98, 1.]),
+       near=st.sampled_from(["small", "middle", "all", "all but one"]))
+def test_exact_topk_is_a_full_sort(seed, n_items, n_users, d, kind, share_seen, near):
+    u, i, seen = draw_case(seed, n_items, n_users, d, kind, share_seen)
+    k = {"small": min(10, n_items), "middle": max(1, n_items // 3), "all": n_items, "all but one": max(1, n_items - 1)}[near]
+    if kind == "zeros" and n_items > 2000: n_users, u, seen = 2, u[:2], None if seen is None else seen[:2]
+    wanted = full_sort_topk(u, i, k, seen)
+    for engine in ENGINES:
+        got = exact_topk(u, i, k, seen, engine, batch_size=7)
+        np.testing.assert_array_equal(got[0], wanted[0])
+        np.testing.assert_array_equal(got[1], wanted[1])
+
+
+def test_many_tiles_pruned_by_length():
+    u, i, seen = draw_case(3, 70_000, 30, 16, "lengths", None)
+    wanted = full_sort_topk(u, i, 10)
+    for engine in ENGINES: np.testing.assert_array_equal(exact_topk(u, i, 10, engine=engine)[0], wanted[0])
+
+
+def test_padding_never_counts_when_all_scores_are_negative():
+    u, i, _ = draw_case(1, 1500, 9, 5, "normal", None)
+    u, i = np.abs(u), -np.abs(i)
+    for k in (1, 10, 200, 700):
+        wanted = full_sort_topk(u, i, k)
+        for engine in ENGINES: np.testing.assert_array_equal(exact_topk(u, i, k, engine=engine)[0], wanted[0])
+
+
+def test_pruning_keeps_short_items_that_point_the_right_way():
+    gen, n = np.random.default_rng(0), 40_000
+    i = (.001 * gen.normal(size=(n, 4))).astype(np.float32)
+    i[:4000] += np.float32([1, 9, 0, 0])        # long, but sideways: score 1
+    i[4000:20_000] += np.float32([1, 2, 0, 0])  # shorter, still sideways
+    i[20_000:] += np.float32([1.5, 0, 0, 0])    # shortest, and ahead: score 1.5
+    u = np.float32([[1, 0, 0, 0]] * 3)
+    wanted = full_sort_topk(u, i, 10)
+    assert wanted[0].min() >= 20_000
+    for engine in ENGINES: np.testing.assert_array_equal(exact_topk(u, i, 10, engine=engine)[0], wanted[0])
+
+
+def test_answer_does_not_depend_on_batch_or_threads():
+    u, i, _ = draw_case(5, 5000, 64, 48, "normal", None)
+    index, wanted = index_items(i, int8=True), exact_topk(u, i, 20)
+    for engine in ENGINES:
+        for size, threads in ((1, 1), (5, 3), (64, 2)):
+            got = exact_topk(u, index, 20, engine=engine, batch_size=size, n_threads=threads)
+            np.testing.assert_array_equal(got[0], wanted[0])
+            np.testing.assert_array_equal(got[1], wanted[1])
+
+
+def test_setting_of_torch_threads_comes_back():
+    import torch
+    before = torch.get_num_threads()
+    u, i, _ = draw_case(5, 500, 64, 8, "normal", None)
+    exact_topk(u, i, 5, engine="torch")
+    with pytest.raises(UserError): exact_topk(u, i, 501, engine="torch")
+    assert torch.get_num_threads() == before
+
+
+@pytest.fixture
+def shop():
+    gen = np.random.default_rng(0)
+    R = sp.random(9, 30, .2, format="csr", random_state=0); R.data[:] = 1
+    state = types.SimpleNamespace(user_emb=gen.normal(size=(9, 4)).astype(np.float32), item_emb=gen.normal(size=(30, 4)).astype(np.float32), item_message=gen.normal(size=(30, 4)).astype(np.float32),
+                                  user_map=np.ones((3, 4), np.float32), item_map=np.ones((2, 4), np.float32), item_degree=np.asarray(R.sum(0)).ravel().astype(int), head={}, config={}, split_sha="x", encoder="none")
+    seen = types.SimpleNamespace(n_users=9, n_items=30, user_ids=np.array([f"u{j}" for j in range(9)], object), item_ids=np.array([f"i{j}" for j in range(30)], object), item_titles=None, to_csr=lambda: R)
+    return build_recommender(state, seen)
+
+
+def test_save_replaces_whole_and_refuses_strangers(shop, tmp_path):
+    shop.save(tmp_path / "a"); shop.save(tmp_path / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(UserError, match="not a saved Recommender"): shop.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("name, change, says", [
+    ("arrays.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "checksum"), ("arrays.safetensors", lambda b: b[:100], "cut off"),
+    ("names.json", lambda b: b.replace(b"u3", b"u4"), "checksum"), ("recommender.json", lambda b: b.replace(b'"version": 1', b'"version": 9'), "version 9"),
+    ("recommender.json", lambda b: b"{}", "format"), ("recommender.json", lambda b: b[:30], "not valid JSON")])
+def test_damaged_folder_is_refused(shop, tmp_path, name, change, says):
+    file = shop.save(tmp_path / "a") / name
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(UserError, match=says): Recommender.load(tmp_path / "a")
+
+
+def test_bad_input_is_named(shop):
+    for call, says in [(lambda: shop.recommend("nobody"), "'nobody'"), (lambda: shop.recommend("u1", k=31), "nearest good choice is 30"), (lambda: shop.recommend("u1", k=0), "nearest good choice is 1"),
+                       (lambda: shop.recommend([]), "empty"), (lambda: shop.recommend("u1", unknown="popluar"), "'popular'"), (lambda: shop.fold_in(["i1", "zz"]), "'zz'"), (lambda: shop.recommend_idx([9]), "expected 0 to 8"),
+                       (lambda: shop.with_item("i1", [0, 0]), "exists already"), (lambda: shop.fold_in([], review_emb=[np.nan, 1]), "finite")]:
+        with pytest.raises(UserError, match=says): call()
+
+
+def test_duplicates_count_once(shop):
+    np.testing.assert_array_equal(shop.fold_in(["i1", "i2", "i1"])[0], shop.fold_in(["i1", "i2"])[0])
+    assert shop.recommend(["u1", "u1"], k=2).item_id.tolist()[:2] == shop.recommend("u1", k=2).item_id.tolist()
+
+
+def test_loading_and_answering_need_no_torch(shop, tmp_path):
+    shop.save(tmp_path / "a")
+    code = "import sys; from sharp_distill.serving import Recommender as R; r = R.load(sys.argv[1]); r.recommend('u1', k=3); r.recommend_idx(list(range(9)), 3); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True)
+
+
+def test_exports_agree(shop, tmp_path):
+    import torch
+    users, hide = torch.arange(9), torch.from_numpy(shop.seen.toarray() > 0)
+    idx = torch.export.load(shop.export_torch(tmp_path / "m.pt2", k=5)).module()(users, hide)[0].numpy()
+    np.testing.assert_array_equal(idx, shop.recommend_idx(users.numpy(), 5)[0])
+    ort = pytest.importorskip("onnxruntime"); pytest.importorskip("onnxscript")
+    session = ort.InferenceSession(str(shop.export_onnx(tmp_path / "m.onnx", k=5)))
+    np.testing.assert_array_equal(session.run(["idx"], {"user_idx": users.numpy(), "seen": hide.numpy()})[0], idx)
