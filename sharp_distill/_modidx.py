@@ -863,6 +863,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'sharp_distill.training.TrainConfig': ('training.html#trainconfig', 'sharp_distill/training.py'),
                                         'sharp_distill.training._run_epoch': ('training.html#_run_epoch', 'sharp_distill/training.py'),
                                         'sharp_distill.training._snapshot': ('training.html#_snapshot', 'sharp_distill/training.py'),
+                                        'sharp_distill.training._summed_in_order': ( 'training.html#_summed_in_order',
+                                                                                     'sharp_distill/training.py'),
                                         'sharp_distill.training._validated': ('training.html#_validated', 'sharp_distill/training.py'),
                                         'sharp_distill.training.bpr_loss': ('training.html#bpr_loss', 'sharp_distill/training.py'),
                                         'sharp_distill.training.fit': ('training.html#fit', 'sharp_distill/training.py'),

@@ -7,6 +7,7 @@ __all__ = ['TrainConfig', 'mse_loss', 'bpr_loss', 'sampled_softmax_loss', 'ranki
            'mask_seen', 'sample_negatives', 'History', 'save_checkpoint', 'load_checkpoint', 'fit']
 
 # %% ../nbs/06_training.ipynb #f111e527
+import contextlib
 import json
 import time
 from dataclasses import dataclass, field
@@ -127,6 +128,15 @@ class History:
         return f"History({len(self.rows)} epochs, best {self.best_valid:.4f} after epoch {self.best_epoch}, {self.train_s:.1f} s)"
 
 # %% ../nbs/06_training.ipynb #a0398bfc
+@contextlib.contextmanager
+def _summed_in_order(device: torch.device):
+    "Add the gradients of repeated rows in one order; a GPU keeps its own way."
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cpu": torch.use_deterministic_algorithms(True)
+    try: yield
+    finally: torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
 def _run_epoch(optimiser, loss_fn, rows, epoch, cfg, gen, device):
     "Walk once through the train rows and return the mean of the loss and its parts."
     users, items = rows
@@ -138,7 +148,7 @@ def _run_epoch(optimiser, loss_fn, rows, epoch, cfg, gen, device):
         if not torch.isfinite(total):
             raise UserError(f"the loss became {total.item()} in epoch {epoch}: expected a number; a smaller lr than {cfg.lr} is the usual cure.")
         optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        with _summed_in_order(device): total.backward()
         optimiser.step()
         for name, part in {"loss": total, **parts}.items(): sums[name] = sums.get(name, 0.) + float(torch.as_tensor(part).detach()) * len(b)
     return {name: s / len(order) for name, s in sums.items()}
