@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'did_you_mean', 'error_line', 'option', 'Config', 'content_sha', 'options_frame', 'whole_file',
-           'write_json', 'read_json', 'cache_dir', 'rng', 'torch_rng', 'versions', 'machine', 'pick_device',
-           'Stopwatch', 'peak_mib', 'progress']
+           'write_json', 'read_json', 'cache_root', 'cache_dir', 'rng', 'torch_rng', 'versions', 'machine',
+           'pick_device', 'Stopwatch', 'peak_mib', 'progress']
 
 # %% ../nbs/00_core.ipynb #eea56193
 import contextlib
@@ -191,11 +191,15 @@ def read_json(path): # A JSON file
         raise UserError(f"{path} is not valid JSON ({e}): the file may be cut off; delete it and run again.") from None
 
 # %% ../nbs/00_core.ipynb #37cce43e
+def cache_root() -> Path: # It need not exist
+    "Name the cache folder."
+    import platformdirs
+    return Path(os.environ.get("SHARP_DISTILL_CACHE") or platformdirs.user_cache_dir("sharp_distill")).expanduser()
+
+
 def cache_dir(*parts: str) -> Path: # The folder; it exists afterwards
     "Return (and make) a folder inside the cache."
-    import platformdirs
-    root = os.environ.get("SHARP_DISTILL_CACHE") or platformdirs.user_cache_dir("sharp_distill")
-    path = Path(root).expanduser().joinpath(*parts)
+    path = cache_root().joinpath(*parts)
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"The cache folder {path} cannot be made ({e.strerror}): set SHARP_DISTILL_CACHE to a folder you can write to.") from None
     return path

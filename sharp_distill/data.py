@@ -115,8 +115,8 @@ def from_frame(df: pd.DataFrame, # One row an interaction
     column = lambda name, dtype, default: table[name].to_numpy(dtype) if name in table else np.full(len(table), default, dtype)
     when = column("timestamp", np.int64, -1)
     order = np.lexsort((i, when, u))
-    data = Interactions(u[order], i[order], column("rating", np.float32, 1)[order], when[order],
-        column("review", object, "")[order],
+    rating, review = column("rating", np.float32, 1), column("review", object, "")
+    data = Interactions(u[order], i[order], rating[order], when[order], review[order],
                         user_ids, item_ids, _titles(table, i, item_ids, titles))
     return add_step(data, "read", _read_note(source, n - len(table), faults, names))
 
@@ -259,8 +259,8 @@ def make_scale(name: str = "amazon_cds", # One of the paper's five
     n_users, n_items, n = scale_counts(name, fraction)
     u, i = make_graph(n_users, n_items, n, seed)
     ids = [np.array([f"{letter}{j:06d}" for j in range(m)], dtype=object) for letter, m in (("u", n_users), ("i", n_items))]
-    data = Interactions(u.astype(np.int64), i.astype(np.int64), np.ones(n, np.float32), np.full(n, -1),
-        np.full(n, "", object), *ids)
+    u, i = u.astype(np.int64), i.astype(np.int64)
+    data = Interactions(u, i, np.ones(n, np.float32), np.full(n, -1), np.full(n, "", object), *ids)
     return add_step(data, "made", f"a graph like {name}, {fraction:g} of its size, seed {seed}")
 
 # %% ../nbs/01_data.ipynb #d7cc8617
@@ -302,8 +302,7 @@ def _tail_facts(name, counts):
     counts = np.sort(counts[counts > 0])[::-1]
     top = counts[:max(len(counts) // 10, 1)].sum() / counts.sum()
     return {f"rows per {name}, median": float(np.median(counts)), f"rows per {name}, mean": counts.mean(),
-        f"rows per {name}, most": int(counts[0]),
-            f"share of the top tenth of {name}s": top}
+            f"rows per {name}, most": int(counts[0]), f"share of the top tenth of {name}s": top}
 
 # %% ../nbs/01_data.ipynb #dea03031
 def word_counts(data: Interactions) -> np.ndarray: # int64[n]
@@ -320,7 +319,7 @@ def data_card(data: Interactions, name: str = "data") -> pd.DataFrame: # One col
     card = dict(users=data.n_users, items=data.n_items, rows=len(data), density=len(data) / (data.n_users * data.n_items))
     card |= _tail_facts("user", np.bincount(data.user_idx)) | _tail_facts("item", np.bincount(data.item_idx))
     card |= {"rows with text": (words > 0).mean(), "words, median": float(np.median(words)),
-        "words, 90 %": float(np.quantile(words, .9)), "words, most": int(words.max()),
+             "words, 90 %": float(np.quantile(words, .9)), "words, most": int(words.max()),
              "rating, mean": float(data.rating.mean()), "rating, highest": (data.rating == data.rating.max()).mean()}
     if len(known): card |= {"first day": _day(known.min()), "last day": _day(known.max())}
     return pd.DataFrame({name: card | {"sha": data.sha}}, dtype=object)

@@ -109,8 +109,8 @@ def deal_temporal(data, fractions, seed): # part int64[n]
 
 # %% ../nbs/02_split.ipynb #7c32c4e7
 PROTOCOLS = {"random": (deal_random, (.7, .1, .2)), "random_70_20_10": (deal_random, (.7, .2, .1)),
-    "global_random": (deal_global, (.7, .1, .2)),
-             "leave_last_out": (deal_last, None), "temporal": (deal_temporal, (.7, .1, .2))}
+             "global_random": (deal_global, (.7, .1, .2)), "leave_last_out": (deal_last, None),
+             "temporal": (deal_temporal, (.7, .1, .2))}
 
 # %% ../nbs/02_split.ipynb #2604045c
 def make_split(data: Interactions, # Cleaned: one row a pair
@@ -163,8 +163,8 @@ def _repeated(part, train, min_words=10): # Share of a part's long texts that st
 # %% ../nbs/02_split.ipynb #52145275
 def split_stats(split: Split) -> pd.DataFrame: # One row a part
     "Describe the three parts."
-    warm_u, warm_i = (np.bincount(x, minlength=m) > 0 for x,
-        m in ((split.train.user_idx, split.n_users), (split.train.item_idx, split.n_items)))
+    warm_u = np.bincount(split.train.user_idx, minlength=split.n_users) > 0
+    warm_i = np.bincount(split.train.item_idx, minlength=split.n_items) > 0
     day = lambda t: str(np.datetime64(int(t), "s").astype("datetime64[D]")) if t >= 0 else ""
     out = []
     for name in PARTS:
@@ -184,11 +184,11 @@ def save_split(split: Split, folder) -> Path: # The folder
     "Write a split into a folder; the description comes last, so a half-written one cannot be loaded."
     folder, parts = Path(folder), [split.train, split.valid, split.test]
     (folder / "split.json").unlink(missing_ok=True)
-    rows = {c: np.concatenate([getattr(p, c) for p in parts])
-        for c in ROW_COLUMNS} | {"part": np.repeat(PARTS, [len(p) for p in parts])}
-    titles = {} if split.train.item_titles is None else {"item_title": split.train.item_titles}
-    for name, frame in (("rows", rows), ("users", {"user_id": split.train.user_ids}),
-        ("items", {"item_id": split.train.item_ids, **titles})):
+    rows = {c: np.concatenate([getattr(p, c) for p in parts]) for c in ROW_COLUMNS}
+    rows["part"] = np.repeat(PARTS, [len(p) for p in parts])
+    users, items = {"user_id": split.train.user_ids}, {"item_id": split.train.item_ids}
+    if split.train.item_titles is not None: items["item_title"] = split.train.item_titles
+    for name, frame in (("rows", rows), ("users", users), ("items", items)):
         with whole_file(folder / f"{name}.parquet") as tmp: pd.DataFrame(frame).to_parquet(tmp, index=False)
     steps = [asdict(s) for s in split.train.provenance]
     write_json(folder / "split.json", dict(protocol=split.protocol, seed=split.seed, sha=split.sha, provenance=steps))
@@ -219,9 +219,8 @@ def _read_part(path):
 def on_vocabulary(data: Interactions, user_ids, item_ids, titles=None) -> Interactions: # Sorted ids that include the data's own
     "Put interactions on a larger vocabulary."
     place = lambda ids, known: np.searchsorted(known.astype(str), ids.astype(str))
-    return Interactions(place(data.user_ids, user_ids)[data.user_idx], place(data.item_ids, item_ids)[data.item_idx],
-        data.rating, data.timestamp, data.review,
-                        user_ids, item_ids, titles, data.provenance)
+    u, i = place(data.user_ids, user_ids)[data.user_idx], place(data.item_ids, item_ids)[data.item_idx]
+    return Interactions(u, i, data.rating, data.timestamp, data.review, user_ids, item_ids, titles, data.provenance)
 
 # %% ../nbs/02_split.ipynb #c8c4f60a
 def split_from_parts(train: Interactions, valid, test: Interactions, protocol: str = "given") -> Split: # `valid` may be None
@@ -243,7 +242,7 @@ def split_from_files(train, valid, test, **options) -> Split: # Paths; `valid` m
 
 # %% ../nbs/02_split.ipynb #599b362a
 PART_WORDS = {"train": "train", "training": "train", "tr": "train", "valid": "valid", "validation": "valid", "val": "valid",
-    "dev": "valid", "test": "test", "testing": "test", "te": "test"}
+              "dev": "valid", "test": "test", "testing": "test", "te": "test"}
 
 # %% ../nbs/02_split.ipynb #0a1c6105
 def split_from_column(table, # Path of a file, or a DataFrame
