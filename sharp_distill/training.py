@@ -9,6 +9,7 @@ __all__ = ['TrainConfig', 'mse_loss', 'bpr_loss', 'sampled_softmax_loss', 'ranki
 # %% ../nbs/06_training.ipynb #f111e527
 import contextlib
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ class TrainConfig(Config):
     "Options shared by everything that is trained."
     lr: float = option(1e-3, "Adam learning rate", lo=0.)
     batch_size: int = option(256, "train interactions a step", lo=1)
+    lr_schedule: str = option("constant", "cosine: falls to 0 along half a wave over the epochs", choices=("constant", "cosine"))
     epochs: int = option(200, "most passes over the train interactions", lo=0)
     patience: int = option(8, "validations without a better one before stopping", lo=1)
     eval_every: int = option(1, "epochs between validations", lo=1)
@@ -132,14 +134,25 @@ class History:
 def _summed_in_order(device: torch.device):
     "Add the gradients of repeated rows in one order; a GPU keeps its own way."
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type == "cpu": torch.use_deterministic_algorithms(True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.utils.deterministic.fill_uninitialized_memory = False # a debugging aid, and not free
+        torch.use_deterministic_algorithms(True)
     try: yield
-    finally: torch.use_deterministic_algorithms(before, warn_only=warn)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def _learning_rate(epoch: int, cfg) -> float:
+    "Return the learning rate of an epoch."
+    return cfg.lr if cfg.lr_schedule == "constant" else cfg.lr * .5 * (1 + math.cos(math.pi * epoch / cfg.epochs))
 
 
 def _run_epoch(optimiser, loss_fn, rows, epoch, cfg, gen, device):
     "Walk once through the train rows and return the mean of the loss and its parts."
     users, items = rows
+    for group in optimiser.param_groups: group["lr"] = _learning_rate(epoch, cfg)
     order, sums = torch.randperm(len(users), generator=gen), {}
     for at in range(0, len(order), cfg.batch_size):
         b = order[at:at + cfg.batch_size]
