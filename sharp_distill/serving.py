@@ -6,7 +6,8 @@
 __all__ = ['TILE', 'STRIDE', 'GROUP', 'CELLS', 'ARRAYS', 'FORMAT', 'VERSION', 'canonical_scores', 'full_sort_topk', 'ItemIndex',
            'row_lengths', 'check_embedding', 'index_items', 'check_k', 'exact_topk', 'Recommender', 'build_recommender',
            'recommend_idx', 'popular_idx', 'recommend', 'similar_items', 'fold_in', 'recommend_new', 'with_item',
-           'save', 'map_arrays', 'load_recommender', 'export_torch', 'export_onnx', 'approximate_topk', 'list_recall']
+           'save', 'map_arrays', 'load_recommender', 'export_torch', 'export_onnx', 'approximate_index',
+           'approximate_topk', 'list_recall']
 
 # %% ../nbs/11_serving.ipynb #d146e727
 import contextlib
@@ -26,6 +27,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .core import UserError, did_you_mean, read_json, write_json
+from .native import find_library, has_fast_search, lay_out, search_codes
 
 # %% ../nbs/11_serving.ipynb #7dc3ec8b
 def canonical_scores(user_emb: np.ndarray, # float32 [B, d]
@@ -62,7 +64,7 @@ class ItemIndex:
     item: np.ndarray # int64 [tiles * TILE] the item at a place, -1 in the padding
     place: np.ndarray # int64 [M] the place of an item
     length: np.ndarray # float64 [tiles] Euclidean length of a tile's longest row
-    codes: np.ndarray | None = None # int8 [tiles * TILE, d rounded up], or None
+    codes: np.ndarray | None = None # uint8, as `native.lay_out` puts them, or None
     step: np.ndarray | None = None # float32 [tiles] what one unit of the codes is worth
     lost: np.ndarray | None = None # float64 [tiles] largest length of (row - step * codes)
 
@@ -76,7 +78,7 @@ def row_lengths(x: np.ndarray) -> np.ndarray: # [n, d] -> float64 [n]
     "Return the Euclidean length of every row, in float64."
     return np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
 
-
+# %% ../nbs/11_serving.ipynb #0969d622
 def check_embedding(x, # [n, d]
                     name: str, # For the message
                    ) -> np.ndarray: # float32 [n, d], contiguous
@@ -96,17 +98,14 @@ def _quantise(rows: np.ndarray, # float32 [groups, cells]
     return np.rint(rows / step[:, None]).astype(np.int8), step
 
 
-def _widen(codes: np.ndarray) -> np.ndarray: # int8 [n, d] -> int8 [n, a multiple of 16]
-    "Add zero columns up to what the integer product likes."
-    return np.pad(codes, ((0, 0), (0, -codes.shape[1] % 16)))
-
 # %% ../nbs/11_serving.ipynb #4fb10501
 def index_items(item_emb: np.ndarray, # float32 [M, d]
-                int8: bool = False, # Also prepare 8-bit codes
+                int8: bool = False, # Also prepare 8-bit codes, for the compiled search
                ) -> ItemIndex:
     "Prepare a catalogue for many searches."
     item_emb = check_embedding(item_emb, "item_emb")
     (n, d), length = item_emb.shape, row_lengths(item_emb)
+    if int8 and not find_library(): raise UserError("int8 is True, but the search over 8-bit codes cannot be compiled here: expected a C compiler (cc, gcc or clang), or int8=False with the same answers.")
     if not n: raise UserError("item_emb has no rows: expected at least one item.")
     order, tiles = np.argsort(-length, kind="stable"), -(-n // TILE)
     emb, item, place = np.zeros((tiles * TILE, d), np.float32), np.full(tiles * TILE, -1), np.empty(n, np.int64)
@@ -115,22 +114,16 @@ def index_items(item_emb: np.ndarray, # float32 [M, d]
     if not int8: return index
     codes, step = _quantise(emb.reshape(tiles, -1))
     lost = row_lengths((emb.reshape(tiles, -1) - codes * step[:, None]).reshape(-1, d)).reshape(tiles, TILE).max(1)
-    return dataclasses.replace(index, codes=_widen(codes.reshape(-1, d)), step=step, lost=lost)
+    return dataclasses.replace(index, codes=lay_out(codes.reshape(-1, d)), step=step, lost=lost)
 
 # %% ../nbs/11_serving.ipynb #44072853
 def _roundoff(d: int) -> float: return 1.01 * (d + 12) * 2.0**-24
 
 
 def _error_bound(index: ItemIndex, length: np.ndarray, # float64 [B] of the users' rows
-                 lost: np.ndarray | None, # float64 [B] what 8 bits removed from the users' rows, or None for float32
                 ) -> np.ndarray: # float32 [B, tiles]
-    "Return how far a cheap score can be from the true one."
-    d, top = index.emb.shape[1], index.length
-    if lost is None: e = np.outer(length, top) * _roundoff(d)
-    else:
-        top = top + index.lost
-        e = np.outer(length, index.lost) + np.outer(lost, top) + np.outer(length + lost, top) * _roundoff(d)
-    return (1.000001 * e + 1e-36).astype(np.float32)
+    "Return how far a float32 score can be from the true one."
+    return (1.000001 * np.outer(length, index.length) * _roundoff(index.emb.shape[1]) + 1e-36).astype(np.float32)
 
 # %% ../nbs/11_serving.ipynb #378004d0
 def _pick_engine(index: ItemIndex, engine: str, n_users: int) -> str:
@@ -143,26 +136,20 @@ def _pick_engine(index: ItemIndex, engine: str, n_users: int) -> str:
     return "torch" if n_users > 1 and "torch" in sys.modules else "numpy"
 
 # %% ../nbs/11_serving.ipynb #383acfc4
-def _tile_product(index, users, codes, engine): # -> (function, dtype)
-    "Return a function that writes the cheap scores of places lo..hi into a buffer."
-    if engine == "numpy": return (lambda lo, hi, out: np.matmul(users, index.emb[lo:hi].T, out=out)), np.float32
+def _tile_product(index, users, engine): # -> function(lo, hi, out)
+    "Return a function that writes the float32 scores of places lo..hi into a buffer."
+    if engine == "numpy": return lambda lo, hi, out: np.matmul(users, index.emb[lo:hi].T, out=out)
     import torch
-    if engine == "torch":
-        u, emb = torch.from_numpy(users), torch.from_numpy(index.emb)
-        return (lambda lo, hi, out: torch.mm(u, emb[lo:hi].T, out=torch.from_numpy(out))), np.float32
-    q, rows = torch.from_numpy(_widen(codes)), torch.from_numpy(index.codes)
-    if len(users) == 1: return (lambda lo, hi, out: torch._int_mm(rows[lo:hi], q.T, out=torch.from_numpy(out.T))), np.int32
-    return (lambda lo, hi, out: torch._int_mm(q, rows[lo:hi].T, out=torch.from_numpy(out))), np.int32
+    u, emb = torch.from_numpy(users), torch.from_numpy(index.emb)
+    return lambda lo, hi, out: torch.mm(u, emb[lo:hi].T, out=torch.from_numpy(out))
 
-
-def _block_maxima(engine: str): # -> function(scores [B, tiles * TILE], worth [B, tiles], out [B, tiles, STRIDE])
+# %% ../nbs/11_serving.ipynb #252ed538
+def _block_maxima(engine: str): # -> function(scores [B, tiles * TILE], out [B, tiles, STRIDE])
     "Return a function that writes the maximum of each block of TILE / STRIDE items."
     shape = lambda scores, out: scores.reshape(*out.shape[:2], TILE // STRIDE, STRIDE)
-    if engine == "numpy": return lambda scores, worth, out: np.maximum.reduce(shape(scores, out), axis=2, out=out)
+    if engine == "numpy": return lambda scores, out: np.maximum.reduce(shape(scores, out), axis=2, out=out)
     import torch
-    put = torch.from_numpy
-    if engine == "torch": return lambda scores, worth, out: torch.amax(put(shape(scores, out)), 2, out=put(out))
-    return lambda scores, worth, out: torch.mul(torch.amax(put(shape(scores, out)), 2), put(worth)[:, :, None], out=put(out))
+    return lambda scores, out: torch.amax(torch.from_numpy(shape(scores, out)), 2, out=torch.from_numpy(out))
 
 # %% ../nbs/11_serving.ipynb #8ec470a9
 def _kth_best(x: np.ndarray, k: int) -> np.ndarray: # [B, n] -> [B]
@@ -178,18 +165,13 @@ def _still_open(maxima, error, length, index, done, k): # -> bool [B]
 # %% ../nbs/11_serving.ipynb #abef29eb
 def _scan(index, users, seen, k, engine): # `seen`: rows and places, sorted by place
     "Return block maxima [B, tiles, STRIDE] and error bounds [B, tiles]."
-    tiles, n, length = len(index.length), index.n_items, row_lengths(users)
-    codes = unit = lost = None
-    if engine == "int8":
-        codes, unit = _quantise(users)
-        lost = row_lengths(users - codes * unit[:, None])
-    error = _error_bound(index, length, lost)
+    tiles, length = len(index.length), row_lengths(users)
+    error = _error_bound(index, length)
     maxima = np.full((len(users), -(-tiles // GROUP) * GROUP, STRIDE), -np.inf, np.float32)
     ask = [t for t in (tiles // 16, tiles // 4) if t and index.length[t] < .8 * index.length[min(1, t)]]
     rows, done = np.arange(len(users)), 0
     for stop in [*ask, tiles]:
-        part = (lambda x: x) if len(rows) == len(users) else (lambda x: None if x is None else x[rows])
-        _scan_tiles(index, (part(users), part(codes), part(unit)), rows, seen, maxima, range(done, stop), engine)
+        _scan_tiles(index, users, rows, seen, maxima, range(done, stop), engine)
         done = stop
         if done < tiles: rows = rows[_still_open(maxima[rows], error[rows], length[rows], index, done, k)]
         if not len(rows): break
@@ -198,27 +180,25 @@ def _scan(index, users, seen, k, engine): # `seen`: rows and places, sorted by p
     return maxima, filled
 
 # %% ../nbs/11_serving.ipynb #dd0d13af
-def _scan_tiles(index, vectors, rows, seen, maxima, tiles, engine):
+def _scan_tiles(index, users, rows, seen, maxima, tiles, engine):
     "Fill the block maxima of some tiles for the users `rows`."
-    users, codes, unit = vectors
-    product, dtype = _tile_product(index, users, codes, engine)
-    none = np.iinfo(np.int32).min if engine == "int8" else -np.inf
     B, every = len(rows), len(rows) == len(maxima)
+    product, block_of = _tile_product(index, users if every else users[rows], engine), _block_maxima(engine)
     at = np.full(len(maxima), -1); at[rows] = np.arange(B)
     per_step = min(16, len(tiles), max(1, CELLS // (B * TILE)))
-    buffer, block_of = np.empty((B, per_step * TILE), dtype), _block_maxima(engine)
+    buffer = np.empty((B, per_step * TILE), np.float32)
     for t in range(tiles.start, tiles.stop, per_step):
         e = min(t + per_step, tiles.stop)
         lo, hi = t * TILE, e * TILE
-        scores = buffer if e - t == per_step else np.empty((B, hi - lo), dtype)
+        scores = buffer if e - t == per_step else np.empty((B, hi - lo), np.float32)
         product(lo, hi, scores)
-        if hi > index.n_items: scores[:, index.n_items - lo:] = none
+        if hi > index.n_items: scores[:, index.n_items - lo:] = -np.inf
         a, z = np.searchsorted(seen[1], (lo, hi)) if len(seen[1]) else (0, 0)
         if z > a:
             r = at[seen[0][a:z]]
-            scores[r[r >= 0], seen[1][a:z][r >= 0] - lo] = none
+            scores[r[r >= 0], seen[1][a:z][r >= 0] - lo] = -np.inf
         out = maxima[:, t:e] if every else np.empty((B, e - t, STRIDE), np.float32)
-        block_of(scores, None if unit is None else unit[:, None] * index.step[t:e], out)
+        block_of(scores, out)
         if not every: maxima[rows, t:e] = out
 
 # %% ../nbs/11_serving.ipynb #d846d85d
@@ -286,7 +266,7 @@ def _blas():
     from threadpoolctl import ThreadpoolController
     return ThreadpoolController()
 
-
+# %% ../nbs/11_serving.ipynb #eaed9439
 @contextlib.contextmanager
 def _one_thread_each(n_threads: int, # Workers
                      use_torch: bool): # Whether torch computes
@@ -302,15 +282,24 @@ def _one_thread_each(n_threads: int, # Workers
         if use_torch: torch.set_num_threads(before)
 
 # %% ../nbs/11_serving.ipynb #6b6eaf11
-def _seen_places(index, seen, lo, hi): # -> rows and places of users lo..hi, sorted by place
-    "Return the seen items of a batch as the scan wants them."
+def _seen_places(index, seen, lo, hi): # -> rows and places of users lo..hi
+    "Return where a batch's seen items stand in the index."
     if seen is None: return np.empty(0, np.int64), np.empty(0, np.int64)
     rows = np.repeat(np.arange(hi - lo), np.diff(seen.indptr[lo:hi + 1]))
-    place = index.place[seen.indices[seen.indptr[lo]:seen.indptr[hi]]]
-    order = np.argsort(place, kind="stable")
-    return rows[order], place[order]
+    return rows, index.place[seen.indices[seen.indptr[lo]:seen.indptr[hi]]]
 
+# %% ../nbs/11_serving.ipynb #e62fb36b
+def _work(index, users, k, seen, engine): # The same as `_search`, for the engines of both kinds
+    "Return the exact top k of one batch, by the compiled search or by arrays."
+    rows, place = seen
+    if engine != "int8":
+        order = np.argsort(place, kind="stable")
+        return _search(index, users, k, (rows[order], place[order]), engine)
+    if not len(rows): return search_codes(index, users, k, _roundoff(users.shape[1]))
+    at = np.searchsorted(rows, np.arange(len(users) + 1))
+    return search_codes(index, users, k, _roundoff(users.shape[1]), at, place[np.lexsort((place, rows))])
 
+# %% ../nbs/11_serving.ipynb #18a9bf8b
 def check_k(k, n_items: int) -> int:
     "Return `k`, or refuse what is no length of a list from this catalogue."
     if isinstance(k, (bool, np.bool_)) or not isinstance(k, (int, np.integer)) or not 1 <= k <= n_items:
@@ -333,12 +322,12 @@ def exact_topk(user_emb, # float32 [B, d]
     if seen is not None and seen.shape != (len(users), index.n_items):
         raise UserError(f"seen has shape {seen.shape}: expected {(len(users), index.n_items)}, users by items.")
     if seen is not None: seen = sp.csr_matrix(seen)
-    work = lambda lo, hi: _search(index, users[lo:hi], k, _seen_places(index, seen, lo, hi), engine)
+    work = lambda lo, hi: _work(index, users[lo:hi], k, _seen_places(index, seen, lo, hi), engine)
     if len(users) <= 1: return work(0, len(users)) if len(users) else (np.empty((0, k), np.int64), np.empty((0, k), np.float32))
-    n_threads = n_threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else n_threads or os.cpu_count()
+    n_threads = n_threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     size = max(1, min(batch_size, -(-len(users) // n_threads)))
     bounds = [(lo, min(lo + size, len(users))) for lo in range(0, len(users), size)]
-    with _one_thread_each(n_threads, engine != "numpy") as pool: parts = list(pool.map(work, *zip(*bounds)))
+    with ThreadPoolExecutor(n_threads) if engine == "int8" else _one_thread_each(n_threads, engine == "torch") as pool: parts = list(pool.map(work, *zip(*bounds)))
     return tuple(map(np.concatenate, zip(*parts)))
 
 # %% ../nbs/11_serving.ipynb #20b70578
@@ -377,7 +366,7 @@ class Recommender:
     @functools.cached_property
     def _item_number(self) -> dict: return {str(i): n for n, i in enumerate(self.item_ids)}
     @functools.cached_property
-    def _index(self) -> ItemIndex: return index_items(self.item_emb)
+    def _index(self) -> ItemIndex: return index_items(self.item_emb, int8=has_fast_search())
     @property
     def n_bytes(self) -> int: return sum(getattr(self, name).nbytes for name in ARRAYS)
     def __repr__(self): return f"Recommender({len(self.user_ids):,} users, {len(self.item_ids):,} items, d = {self.item_emb.shape[1]}, {self.n_bytes / 2**20:.1f} MiB)"
@@ -385,7 +374,7 @@ class Recommender:
 # %% ../nbs/11_serving.ipynb #631c6c83
 ARRAYS = ("user_emb", "item_emb", "item_message", "user_map", "item_map", "item_degree") # as `StudentState` names them
 
-
+# %% ../nbs/11_serving.ipynb #c7baaa54
 def build_recommender(state, # A StudentState
                       seen, # Interactions (usually the train part) with the ids and titles
                      ) -> Recommender:
@@ -423,7 +412,7 @@ def _answer(rec: Recommender, who, idx, score): # [n], int64 [n, k], float32 [n,
     titles = rec.item_titles[item] if rec.item_titles is not None else np.full(len(item), None, object)
     return _frame(dict(user_id=np.asarray(who, object)[row], rank=col + 1, item_id=rec.item_ids[item], title=titles, score=score[row, col]))
 
-
+# %% ../nbs/11_serving.ipynb #869827fc
 def recommend(rec: Recommender, user_ids, # One id or several
               k: int = 10, # Length of each list
               exclude_seen: bool = True, # Leave out what the reader already has
@@ -456,7 +445,7 @@ def similar_items(rec: Recommender, item_id, # One id
 
 def _directions(rec): return index_items(rec.item_emb / np.maximum(row_lengths(rec.item_emb), 1e-12)[:, None])
 
-
+# %% ../nbs/11_serving.ipynb #d518afd7
 Recommender.similar_items, Recommender._directions = similar_items, functools.cached_property(_directions)
 Recommender._directions.__set_name__(Recommender, "_directions")
 
@@ -466,7 +455,7 @@ def _text_part(rec, user: int, items) -> np.ndarray: # float64 [d]
     from sharp_distill.student import fold_in as fold_in_row
     return (len(items) + 1.) * (rec.user_emb[user].astype(np.float64) - fold_in_row(rec, items, is_new=False))
 
-
+# %% ../nbs/11_serving.ipynb #52f5bc6f
 def fold_in(rec: Recommender, items=(), # Ids of the new items
             user_id=None, # A known reader who did something new, or None for a newcomer
             review_emb=None, # float32 [d_t] embedding of all her reviews, or None
@@ -483,7 +472,7 @@ def fold_in(rec: Recommender, items=(), # Ids of the new items
     row = fold_in_row(rec, have, _finite(review_emb), is_new=~np.isin(have, old))
     return (row + text / (len(have) + 1.)).astype(np.float32), have
 
-
+# %% ../nbs/11_serving.ipynb #34fb3018
 def _finite(review_emb): # [d_t] or None
     if review_emb is not None and not np.isfinite(review_emb).all(): raise UserError("review_emb holds numbers that are not finite: expected what the student's own encoder makes.")
     return review_emb
@@ -497,7 +486,7 @@ def recommend_new(rec: Recommender, items=(), user_id=None, review_emb=None, # A
     idx, score = exact_topk(row[None], rec._index, k, mask if exclude_seen else None)
     return _answer(rec, [user_id], idx, score).drop(columns="user_id")
 
-
+# %% ../nbs/11_serving.ipynb #a3a5c1ba
 def with_item(rec: Recommender, item_id, review_emb, # [d_t] embedding of its text
               title=None) -> Recommender: # A copy whose catalogue has one item more
     "Return a Recommender that also offers a new item, placed by its text alone."
@@ -522,7 +511,7 @@ def _file_facts(path: Path) -> dict:
         while chunk := f.read(1 << 22): digest.update(chunk)
     return dict(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
-
+# %% ../nbs/11_serving.ipynb #f0061e61
 def _swap_in(new: Path, folder: Path):
     "Give the finished folder its name; the old one goes only afterwards."
     old = folder.with_name(f".{folder.name}.old")
@@ -552,7 +541,7 @@ def save(rec: Recommender, folder) -> Path: # Replaced if it holds a Recommender
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-
+# %% ../nbs/11_serving.ipynb #abe0da09
 Recommender.save = save
 
 # %% ../nbs/11_serving.ipynb #73870268
@@ -566,7 +555,7 @@ def map_arrays(path) -> dict: # Name -> read-only array
     at = lambda h: dict(dtype=types[h["dtype"]], shape=tuple(h["shape"]), offset=8 + size + h["data_offsets"][0])
     return {name: np.memmap(path, mode="r", **at(h)) if 0 not in h["shape"] else np.empty(h["shape"], types[h["dtype"]]) for name, h in header.items()}
 
-
+# %% ../nbs/11_serving.ipynb #6bb8f090
 def _check_folder(folder: Path, checksum: bool) -> dict: # The content of recommender.json
     "Return the folder's facts, or say what is wrong with it."
     about = read_json(folder / "recommender.json")
@@ -592,7 +581,7 @@ def load_recommender(folder, # As written by `save`
     as_names = lambda x: None if x is None else np.array(x, dtype=object)
     return Recommender(**{n: a[n] for n in ARRAYS}, seen=seen, facts=about["facts"], **{n: as_names(x) for n, x in names.items()})
 
-
+# %% ../nbs/11_serving.ipynb #d3697920
 Recommender.load = staticmethod(load_recommender)
 
 # %% ../nbs/11_serving.ipynb #c21a7c10
@@ -610,7 +599,7 @@ def _ranking_module(rec: Recommender, k: int):
             return idx, best
     return Ranking().eval()
 
-
+# %% ../nbs/11_serving.ipynb #bbb9bd0f
 def _example(rec): # A batch of two
     import torch
     return torch.zeros(2, dtype=torch.long), torch.zeros(2, len(rec.item_ids), dtype=torch.bool)
@@ -624,7 +613,7 @@ def export_torch(rec: Recommender, path, k: int = 10) -> Path: # Load with torch
     torch.export.save(program, path)
     return Path(path)
 
-
+# %% ../nbs/11_serving.ipynb #4a1c271d
 def export_onnx(rec: Recommender, path, k: int = 10) -> Path: # Inputs user_idx, seen; outputs idx, score
     "Write the ranking as an ONNX graph with a free batch size."
     try: import onnxscript # noqa: F401
@@ -639,18 +628,25 @@ def export_onnx(rec: Recommender, path, k: int = 10) -> Path: # Inputs user_idx,
 Recommender.export_torch, Recommender.export_onnx = export_torch, export_onnx
 
 # %% ../nbs/11_serving.ipynb #f6cb0674
-def approximate_topk(user_emb, item_emb, # float32 [B, d] and [M, d]
-                     k: int, # Length of the lists
-                     n_probe: int = 16, # Cells searched: more is slower and better
-                     n_cells: int | None = None, # Cells of the index; None: 4 * sqrt(M)
-                    ) -> tuple: # int64 [B, k], float32 [B, k]
-    "Return approximate lists from a FAISS inverted-file index, for very large catalogues."
+def approximate_index(item_emb, # float32 [M, d]
+                      n_cells: int | None = None, # Cells of the index; None: 4 * sqrt(M)
+                     ): # faiss.IndexIVFFlat
+    "Cluster a very large catalogue into a FAISS inverted-file index."
     try: import faiss
     except ImportError: raise UserError("the approximate index needs faiss: install it with `pip install faiss-cpu`.") from None
-    users, items = check_embedding(user_emb, "user_emb"), check_embedding(item_emb, "item_emb")
+    items = check_embedding(item_emb, "item_emb")
     index = faiss.index_factory(items.shape[1], f"IVF{n_cells or max(1, int(4 * len(items) ** .5))},Flat", faiss.METRIC_INNER_PRODUCT)
-    index.train(items); index.add(items); index.nprobe = n_probe
-    score, idx = index.search(users, check_k(k, len(items)))
+    index.train(items); index.add(items)
+    return index
+
+# %% ../nbs/11_serving.ipynb #3f0768a4
+def approximate_topk(user_emb, index, # float32 [B, d] and an `approximate_index`
+                     k: int, # Length of the lists
+                     n_probe: int = 16, # Cells searched: more is slower and better
+                    ) -> tuple: # int64 [B, k] with -1 where the cells hold too few, float32 [B, k]
+    "Return approximate lists for a very large catalogue."
+    index.nprobe = n_probe
+    score, idx = index.search(check_embedding(user_emb, "user_emb"), check_k(k, index.ntotal))
     return idx, np.where(idx < 0, -np.inf, score)
 
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CLOCKS', 'PEAK', 'REGIMES', 'PAPER_MS', 'PRESETS', 'TRAIN_STEP', 'SERVE', 'take_turns', 'summarise', 'ratio', 'Step',
-           'sparse_product', 'apply_step', 'run_chain', 'rerun_rows', 'grown', 'touched_by', 'scaled',
+           'sparse_product', 'apply_step', 'run_chain', 'rerun_rows', 'grown', 'touched_by', 'scaled', 'both_ways',
            'bipartite_steps', 'hyper_steps', 'student_layer', 'ials_row', 'ials_rows', 'ease_inverse', 'ease_scores',
-           'ease_fresh', 'hccf_layers', 'SpeedModel', 'plain_topk', 'Scene', 'make_scene', 'rebuild', 'student_model',
+           'ease_fresh', 'add_up', 'SpeedModel', 'plain_topk', 'Scene', 'make_scene', 'rebuild', 'student_model',
            'lightgcn_model', 'hgnn_model', 'hccf_model', 'ials_model', 'ease_model', 'graph_models', 'measure_speed',
            'search_sides', 'library_sides', 'break_even', 'run_apart', 'plot_regimes', 'SpeedConfig', 'size_graph',
-           'use_threads', 'measure_sizes', 'measure_cached', 'measure_text', 'measure_training', 'measure_serving',
-           'measure_quality', 'verdicts', 'say']
+           'use_threads', 'measure_graphs', 'measure_sizes', 'measure_sets', 'measure_cached', 'measure_pruning',
+           'measure_approximate', 'measure_text', 'measure_training', 'random_recommender', 'measure_serving',
+           'measure_quality', 'verdicts', 'say', 'bars']
 
 # %% ../nbs/12_speed.ipynb #f2a27a53
 import json
@@ -24,12 +25,13 @@ import numpy as np
 import scipy.sparse as sp
 
 from .core import Config, UserError, option, progress, rng
-from .serving import ItemIndex, exact_topk, index_items
+from .native import has_fast_search
+from .serving import ItemIndex, approximate_index, approximate_topk, exact_topk, index_items, list_recall
 
 # %% ../nbs/12_speed.ipynb #8f2db763
 CLOCKS = dict(wall=time.perf_counter, cpu=time.process_time)
 
-
+# %% ../nbs/12_speed.ipynb #ef94512a
 def take_turns(sides: dict, # Name -> function of no arguments
                repeats: int = 20, # Rounds that count
                warmup: int = 2, # Rounds thrown away
@@ -48,7 +50,7 @@ def take_turns(sides: dict, # Name -> function of no arguments
         if turn >= warmup + 2 and time.perf_counter() - start > budget_s: break
     return {name: np.array(t) for name, t in times.items()}
 
-
+# %% ../nbs/12_speed.ipynb #f31a6788
 def summarise(times: dict): # From `take_turns` -> DataFrame: p50_ms, p95_ms, rounds
     "Return median and 95th percentile of every side."
     import pandas as pd
@@ -69,15 +71,17 @@ class Step:
     touched: np.ndarray | None = None # bool [n_out] rows of B that differ from the old graph's
     theta: np.ndarray | None = None # float32 [d, d], followed by a ReLU
 
-
-def sparse_product(m: sp.csr_matrix, x: np.ndarray) -> np.ndarray: # [n, e], float32 [e, d] -> [n, d]
+# %% ../nbs/12_speed.ipynb #42c24546
+def sparse_product(m: sp.csr_matrix, x: np.ndarray, # [n, e], float32 [e, d]
+                   onto: np.ndarray | None = None, # float32 [n, d] to add the product to, in place
+                  ) -> np.ndarray: # float32 [n, d]
     "Multiply with torch's threaded kernel."
     import warnings
     import torch
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse")
         A = torch.sparse_csr_tensor(*(torch.from_numpy(a) for a in (m.indptr, m.indices, m.data)), size=m.shape, check_invariants=False)
-        return (A @ torch.from_numpy(x)).numpy()
+        return (A @ torch.from_numpy(x) if onto is None else torch.from_numpy(onto).addmm_(A, torch.from_numpy(x))).numpy()
 
 # %% ../nbs/12_speed.ipynb #bddc136d
 def apply_step(step: Step, x: np.ndarray, rows=None) -> np.ndarray: # All rows, or only some
@@ -102,7 +106,7 @@ def _readers(m_t: sp.csr_matrix, mask: np.ndarray, size: int) -> np.ndarray: # b
     out[m_t[np.flatnonzero(mask)].indices] = True
     return out
 
-
+# %% ../nbs/12_speed.ipynb #ee838097
 def rerun_rows(layers: list, # Stored activations; updated in place
                steps, # With the new matrices and `touched`
                asked: np.ndarray, # bool [n] rows of the last layer that the answer reads
@@ -136,27 +140,33 @@ def touched_by(R: sp.csr_matrix, user: int, item: int) -> tuple: # The grown gra
     items[R[user].indices] = True
     return users, items
 
-
+# %% ../nbs/12_speed.ipynb #07134afa
 def scaled(R: sp.csr_matrix, extra: float = 0.) -> sp.csr_matrix: # Weights 1/sqrt((d_u + extra)(d_i + extra))
     "Normalise a graph by the degrees of both ends."
-    left, right = (np.asarray(R.sum(axis)).ravel() + extra for axis in (1, 0))
-    inverse = [np.divide(1, np.sqrt(d), out=np.zeros(len(d)), where=d > 0) for d in (left, right)]
-    return sp.csr_matrix(sp.diags(inverse[0]) @ R @ sp.diags(inverse[1]), dtype=np.float32)
+    degree = (np.asarray(R.sum(axis)).ravel() + extra for axis in (1, 0))
+    left, right = (np.divide(1, np.sqrt(d), out=np.zeros(len(d), np.float32), where=d > 0, dtype=np.float32) for d in degree)
+    return sp.csr_matrix((R.data * np.repeat(left, np.diff(R.indptr)) * right[R.indices], R.indices, R.indptr), shape=R.shape)
 
 # %% ../nbs/12_speed.ipynb #f27e5bb5
+def both_ways(E: sp.csr_matrix) -> tuple: # E, E^T
+    "Return a matrix and its transpose, rows first in both."
+    return E, sp.csr_matrix(E.T)
+
+
 def bipartite_steps(R: sp.csr_matrix, n_layers: int = 3, edge=None) -> tuple: # LightGCN: A_hat over users and items
     "Return the steps of LightGCN."
-    E = scaled(R)
-    A = sp.bmat([[None, E], [E.T, None]], format="csr", dtype=np.float32)
+    E, E_t = both_ways(scaled(R))
+    A = sp.csr_matrix((np.r_[E.data, E_t.data], np.r_[E.indices + E.shape[0], E_t.indices], np.r_[E.indptr, E.nnz + E_t.indptr[1:]]), shape=(sum(R.shape),) * 2)
     touched = np.concatenate(touched_by(R, *edge)) if edge else np.ones(A.shape[0], bool)
     return (Step(A, A, touched),) * n_layers
 
-
-def hyper_steps(R: sp.csr_matrix, thetas, side: str, edge=None) -> tuple: # Half-steps A^T, A for each layer
+# %% ../nbs/12_speed.ipynb #d28c8773
+def hyper_steps(R: sp.csr_matrix, thetas, side: str, edge=None,
+                ready=None, # `both_ways(scaled(R))` where it is at hand
+               ) -> tuple: # Half-steps A^T, A for each layer
     "Return the steps of an HGNN on one side, equation (3)."
     if side not in ("user", "item"): raise UserError(f"side is {side!r}: expected 'user' or 'item'.")
-    E = scaled(R)
-    A, A_t = (E, sp.csr_matrix(E.T)) if side == "user" else (sp.csr_matrix(E.T), E)
+    A, A_t = (ready or both_ways(scaled(R)))[::1 if side == "user" else -1]
     touched = touched_by(R, *edge) if edge else (np.ones(R.shape[0], bool), np.ones(R.shape[1], bool))
     vertices, edges = touched if side == "user" else touched[::-1]
     return tuple(s for theta in thetas for s in (Step(A_t, A, edges), Step(A, A_t, vertices, theta)))
@@ -164,10 +174,9 @@ def hyper_steps(R: sp.csr_matrix, thetas, side: str, edge=None) -> tuple: # Half
 # %% ../nbs/12_speed.ipynb #80a741ca
 def student_layer(R: sp.csr_matrix, user_own, item_own, user_message, item_message) -> tuple: # Z_U [U, d], Z_I [I, d]
     "Return the student's single layer over the whole graph, equation (14)."
-    E = scaled(R, extra=1.)
-    loop = [1 / (np.asarray(R.sum(axis)).ravel() + 1) for axis in (1, 0)]
-    return (loop[0][:, None].astype(np.float32) * user_own + sparse_product(E, item_message),
-            loop[1][:, None].astype(np.float32) * item_own + sparse_product(sp.csr_matrix(E.T), user_message))
+    E, E_t = both_ways(scaled(R, extra=1.))
+    loop = [1 / (np.asarray(R.sum(axis), np.float32).reshape(-1, 1) + 1) for axis in (1, 0)]
+    return sparse_product(E, item_message, loop[0] * user_own), sparse_product(E_t, user_message, loop[1] * item_own)
 
 # %% ../nbs/12_speed.ipynb #6c870e1e
 def ials_row(items: np.ndarray, item_emb: np.ndarray, gram: np.ndarray, alpha: float = 5., reg: float = 10.) -> np.ndarray: # gram [d, d] = Y^T Y
@@ -175,7 +184,7 @@ def ials_row(items: np.ndarray, item_emb: np.ndarray, gram: np.ndarray, alpha: f
     Y = item_emb[items]
     return np.linalg.solve(gram + alpha * Y.T @ Y + reg * np.eye(len(gram), dtype=np.float32), (1 + alpha) * Y.sum(0))
 
-
+# %% ../nbs/12_speed.ipynb #51ac2ee0
 def ials_rows(R: sp.csr_matrix, item_emb: np.ndarray, alpha: float = 5., reg: float = 10., chunk: int = 1024) -> np.ndarray: # float32 [U, d]
     "Solve for all users, in chunks of similar history length: half a sweep of iALS."
     d, out, gram = item_emb.shape[1], np.zeros((R.shape[0], item_emb.shape[1]), np.float32), item_emb.T @ item_emb
@@ -203,7 +212,7 @@ def ease_scores(P: np.ndarray, items: np.ndarray) -> np.ndarray: # [I], right fo
     "Score the catalogue for one user."
     return -P[items].sum(0) / np.diagonal(P)
 
-
+# %% ../nbs/12_speed.ipynb #106e473d
 def ease_fresh(P: np.ndarray, items: np.ndarray, new_item: int) -> np.ndarray: # [I]
     "Score the catalogue after one new interaction, as if EASE had been fitted again."
     before = P[items].sum(0)
@@ -214,16 +223,11 @@ def ease_fresh(P: np.ndarray, items: np.ndarray, new_item: int) -> np.ndarray: #
     return -after / (np.diagonal(P) - np.einsum("ia,ab,ib->i", V, M, V))
 
 # %% ../nbs/12_speed.ipynb #1cb4c27c
-def hccf_layers(R_scaled: sp.csr_matrix, users, items, w_users, w_items, n_layers: int = 3) -> tuple: # [U, d], [I, d]; w [d, K]
-    "Return HCCF's user and item embeddings: neighbours plus a low-rank global hypergraph, summed over layers."
-    leaky = lambda x: np.where(x > 0, x, .5 * x)
-    R_t = sp.csr_matrix(R_scaled.T)
-    H_u, H_i, total_u, total_i = users @ w_users, items @ w_items, users, items
-    for _ in range(n_layers):
-        near_u, near_i = sparse_product(R_scaled, items), sparse_product(R_t, users)
-        users, items = near_u + leaky(H_u @ (H_u.T @ users)) + users, near_i + leaky(H_i @ (H_i.T @ items)) + items
-        total_u, total_i = total_u + users, total_i + items
-    return total_u, total_i
+def add_up(layers) -> np.ndarray: # Arrays of one shape -> their sum, a new array
+    "Sum layers without copies in between."
+    total = layers[0].copy()
+    for layer in layers[1:]: total += layer
+    return total
 
 # %% ../nbs/12_speed.ipynb #11c5e596
 @dataclass(frozen=True, eq=False)
@@ -237,7 +241,7 @@ class SpeedModel:
     fresh_bytes: int = 0 # Stored on top to serve fresh answers
     note: str = ""
 
-
+# %% ../nbs/12_speed.ipynb #60fef511
 def plain_topk(row: np.ndarray, item_emb: np.ndarray, k: int, seen: np.ndarray) -> np.ndarray: # int64 [1, k]
     "Return the best k by a product and a partial sort: for items that changed a moment ago."
     score = item_emb @ row
@@ -259,7 +263,7 @@ class Scene:
     @property
     def seen(self) -> np.ndarray: return self.new[self.edge[0]].indices
 
-
+# %% ../nbs/12_speed.ipynb #dcffc94b
 def make_scene(R: sp.csr_matrix, emb_dim: int = 64, history: int = 50, seed: int = 0, k: int = 10) -> Scene:
     "Pick a reader with about `history` items, and a new item for her."
     gen, R = rng(seed, "scene"), sp.csr_matrix(R, dtype=np.float32)
@@ -274,21 +278,21 @@ def rebuild(scene: Scene) -> sp.csr_matrix: # What every refresh begins with
     raw = scene.R.tocoo()
     return sp.csr_matrix((np.ones(raw.nnz, np.float32), (raw.row, raw.col)), shape=raw.shape)
 
-
+# %% ../nbs/12_speed.ipynb #46c75f5a
 def student_model(scene: Scene) -> SpeedModel:
     "The student: one layer, one row."
     from sharp_distill.student import fold_in
-    users, items, E, (user, item) = scene.user_emb, scene.item_emb, scaled(scene.R, 1.), scene.edge
-    E_t, index = sp.csr_matrix(E.T), index_items(items, int8=True)
-    loops = [(1 / (np.asarray(scene.R.sum(axis)).ravel() + 1))[:, None].astype(np.float32) for axis in (1, 0)]
+    users, items, (E, E_t), (user, item) = scene.user_emb, scene.item_emb, both_ways(scaled(scene.R, 1.)), scene.edge
+    index = index_items(items, int8=has_fast_search())
+    loops = [1 / (np.asarray(scene.R.sum(axis), np.float32).reshape(-1, 1) + 1) for axis in (1, 0)]
     import types
     state = types.SimpleNamespace(item_emb=items, item_message=items, item_degree=np.asarray(scene.R.sum(0)).ravel().astype(np.int64), user_map=np.ones((2, users.shape[1]), np.float32))
     have, hers = np.sort(scene.seen), sp.csr_matrix(scene.new[user])
     is_new = have == item
     return SpeedModel("student", lambda: student_layer(rebuild(scene), users, items, users, items),
-                      lambda: (loops[0] * users + sparse_product(E, items), loops[1] * items + sparse_product(E_t, users)),
+                      lambda: (sparse_product(E, items, loops[0] * users), sparse_product(E_t, users, loops[1] * items)),
                       lambda: exact_topk(fold_in(state, have, is_new=is_new)[None], index, scene.k, hers)[0],
-                      users.nbytes + items.nbytes, items.nbytes + index.n_bytes, "one row; stored: messages, a sorted copy of the items and their 8-bit codes")
+                      users.nbytes + items.nbytes, items.nbytes + index.n_bytes, "one row; stored: messages, a sorted copy of the items, their 8-bit codes where they help")
 
 # %% ../nbs/12_speed.ipynb #aa0e7e33
 def lightgcn_model(scene: Scene, n_layers: int = 3) -> SpeedModel:
@@ -298,11 +302,11 @@ def lightgcn_model(scene: Scene, n_layers: int = 3) -> SpeedModel:
     layers, asked = run_chain(x, old), np.r_[np.arange(U) == user, np.ones(I, bool)]
     def fresh():
         rerun_rows(layers, new, asked, every_layer=True)
-        return plain_topk(sum(layer[user] for layer in layers), sum(layer[U:] for layer in layers), scene.k, scene.seen)
-    return SpeedModel("lightgcn", lambda: sum(run_chain(x, bipartite_steps(rebuild(scene), n_layers))), lambda: sum(run_chain(x, old)), fresh,
+        return plain_topk(sum(layer[user] for layer in layers), add_up([layer[U:] for layer in layers]), scene.k, scene.seen)
+    return SpeedModel("lightgcn", lambda: add_up(run_chain(x, bipartite_steps(rebuild(scene), n_layers))), lambda: add_up(run_chain(x, old)), fresh,
                       x.nbytes, (n_layers + 1) * x.nbytes, "stored: all layers")
 
-
+# %% ../nbs/12_speed.ipynb #c60315d2
 def hgnn_model(scene: Scene, n_layers: int = 3, seed: int = 0) -> SpeedModel:
     "The teacher's hypergraph networks, one a side, ReLU and Theta as in equation (3)."
     (U, I), (user, _), d = scene.R.shape, scene.edge, scene.user_emb.shape[1]
@@ -315,23 +319,30 @@ def hgnn_model(scene: Scene, n_layers: int = 3, seed: int = 0) -> SpeedModel:
         return plain_topk(layers[0][-1][user], layers[1][-1], scene.k, scene.seen)
     def refresh():
         R = rebuild(scene)
-        return [run_chain(x, hyper_steps(R, thetas, s))[-1] for s, x, _ in sides]
+        ready = both_ways(scaled(R))
+        return [run_chain(x, hyper_steps(R, thetas, s, ready=ready))[-1] for s, x, _ in sides]
     return SpeedModel("hgnn", refresh, lambda: [run_chain(x, steps)[-1] for (_, x, _), steps in zip(sides, old)], fresh,
                       scene.user_emb.nbytes + scene.item_emb.nbytes, sum(a.nbytes for side in layers for a in side), "stored: all half-steps of both sides")
 
 # %% ../nbs/12_speed.ipynb #3aff797c
-def hccf_model(scene: Scene, n_hyper: int = 128, seed: int = 0) -> SpeedModel:
+def hccf_model(scene: Scene, seed: int = 0) -> SpeedModel:
     "HCCF: every row depends on every other after one layer, so fresh is a whole propagation."
-    d, gen, (user, _) = scene.user_emb.shape[1], rng(seed, "hccf"), scene.edge
-    w = [gen.normal(size=(d, n_hyper)).astype(np.float32) / 100 for _ in range(2)]
-    E, E_new = scaled(scene.R), scaled(scene.new)
+    import torch
+    from sharp_distill.hypergraphs import SparseOp, build_hypergraphs
+    from sharp_distill.rivals import HCCF, HCCFConfig
+    model = HCCF(scene.R, HCCFConfig(emb_dim=scene.user_emb.shape[1], seed=seed))
+    operator = lambda R: SparseOp.of(build_hypergraphs(R)[0].factor, "cpu")
+    old, new = operator(scene.R), operator(scene.new)
+    def propagate(op):
+        model.op = op
+        with torch.inference_mode(): return [t.numpy() for t in model()]
     def fresh():
-        users, items = hccf_layers(E_new, scene.user_emb, scene.item_emb, *w)
-        return plain_topk(users[user], items, scene.k, scene.seen)
-    return SpeedModel("hccf", lambda: hccf_layers(scaled(rebuild(scene)), scene.user_emb, scene.item_emb, *w), lambda: hccf_layers(E, scene.user_emb, scene.item_emb, *w),
-                      fresh, scene.user_emb.nbytes + scene.item_emb.nbytes, 0, "no partial rerun exists")
+        users, items = propagate(new)
+        return plain_topk(users[scene.edge[0]], items, scene.k, scene.seen)
+    return SpeedModel("hccf", lambda: propagate(operator(rebuild(scene))), lambda: propagate(old), fresh,
+                      scene.user_emb.nbytes + scene.item_emb.nbytes, 0, "no partial rerun exists")
 
-
+# %% ../nbs/12_speed.ipynb #9d0ecb24
 def ials_model(scene: Scene) -> SpeedModel:
     "iALS: one small system a reader; refresh is one sweep over both sides."
     user, index, gram = scene.edge[0], index_items(scene.item_emb), scene.item_emb.T @ scene.item_emb
@@ -342,7 +353,7 @@ def ials_model(scene: Scene) -> SpeedModel:
     return SpeedModel("ials", lambda: sweep(rebuild(scene)), lambda: sweep(scene.R), lambda: exact_topk(ials_row(scene.seen, scene.item_emb, gram)[None], index, scene.k, seen)[0],
                       scene.user_emb.nbytes + scene.item_emb.nbytes, scene.item_emb.nbytes, "fresh with item factors fixed; refresh: one sweep, not a fit from nothing")
 
-
+# %% ../nbs/12_speed.ipynb #7aec88d3
 def ease_model(scene: Scene, reg: float = 300., max_items: int = 10_000) -> SpeedModel:
     "EASE: a dense item-by-item matrix, where it fits."
     I, (user, item) = scene.R.shape[1], scene.edge
@@ -354,7 +365,7 @@ def ease_model(scene: Scene, reg: float = 300., max_items: int = 10_000) -> Spee
         return np.argsort(-score, kind="stable")[None, :scene.k]
     return SpeedModel("ease", lambda: ease_inverse(rebuild(scene), reg), lambda: ease_inverse(scene.R, reg), fresh, P.nbytes, 0, "fresh by a rank-two update")
 
-
+# %% ../nbs/12_speed.ipynb #51882f61
 def graph_models(scene: Scene) -> dict: # Name -> SpeedModel
     "Return every model of the comparison for one scene."
     makers = (student_model, lightgcn_model, hgnn_model, hccf_model, ials_model, ease_model)
@@ -392,7 +403,7 @@ def search_sides(user_emb: np.ndarray, index: ItemIndex, item_emb: np.ndarray, k
     engines = ("numpy", "torch", "int8") if index.codes is not None else ("numpy", "torch")
     return sides | {f"exact_topk {e}": (lambda e=e: exact_topk(user_emb, index, k, engine=e, n_threads=n_threads)) for e in engines}
 
-
+# %% ../nbs/12_speed.ipynb #4a024f3a
 def library_sides(user_emb: np.ndarray, item_emb: np.ndarray, k: int = 10, n_threads: int = 2) -> dict: # Name -> function; empty without the libraries
     "Return FAISS's and implicit's exact search, where they are installed."
     sides = {}
@@ -437,7 +448,7 @@ def run_apart(code: str, # Python source; a dictionary named `facts` is handed b
 # %% ../nbs/12_speed.ipynb #52789c10
 REGIMES = ("refresh", "propagate", "fresh")
 
-
+# %% ../nbs/12_speed.ipynb #84fb77b1
 def plot_regimes(records, ax=None): # DataFrame of records: model, regime, p50_ms, p95_ms
     "Draw the median latency of every model by regime, with whiskers to the 95th percentile."
     import matplotlib.pyplot as plt
@@ -455,7 +466,7 @@ def plot_regimes(records, ax=None): # DataFrame of records: model, regime, p50_m
 PAPER_MS = {20_000: (45, 68, 2.15), 40_000: (98, 156, 4.18), 80_000: (197, 362, 7.62), 136_701: (395, 668, 9.77)} # Table 3: LightGCN, HGNN, SHARP on CDs
 PRESETS = {"quick": (2_000, 4_000), "middle": (20_000, 40_000), "cds": tuple(PAPER_MS)}
 
-
+# %% ../nbs/12_speed.ipynb #6b03de6a
 @dataclass(frozen=True)
 class SpeedConfig(Config):
     "Options of the speed report."
@@ -471,7 +482,7 @@ class SpeedConfig(Config):
     batch_size: int = option(4096, "interactions a training step, where training time is estimated", lo=1)
     seed: int = option(0, "draws graphs and parameters", lo=0)
 
-
+# %% ../nbs/12_speed.ipynb #24dd172b
 def size_graph(n_nodes: int, seed: int = 0) -> sp.csr_matrix: # [U, I]
     "Make a graph with the shape of the paper's CDs set and a given number of vertices."
     from sharp_distill.synthetic import make_graph, scale_counts
@@ -486,12 +497,11 @@ def use_threads(n: int):
     torch.set_num_threads(n)
     threadpool_limits(n)
 
-
-def measure_sizes(cfg: SpeedConfig) -> tuple: # (list of records, dict of facts by size)
-    "Measure all models on every graph size of a preset."
+# %% ../nbs/12_speed.ipynb #8968ac21
+def measure_graphs(cfg: SpeedConfig, graphs: dict) -> tuple: # Name or size -> csr [U, I]; (list of records, dict of facts by graph)
+    "Measure all models on several graphs; a record's `nodes` is the graph's name or size."
     records, facts = [], {}
-    for n in progress(PRESETS[cfg.preset], "graphs"):
-        R = size_graph(n, cfg.seed)
+    for n, R in graphs.items():
         scene = make_scene(R, cfg.emb_dim, seed=cfg.seed, k=cfg.k)
         models = graph_models(scene)
         records += [dict(nodes=n, **r) for r in measure_speed(scene, models, cfg.repeats, cfg.budget_s, cfg.clock)]
@@ -499,18 +509,62 @@ def measure_sizes(cfg: SpeedConfig) -> tuple: # (list of records, dict of facts 
                         bytes={m: x.n_bytes for m, x in models.items()}, fresh_bytes={m: x.fresh_bytes for m, x in models.items()}, notes={m: x.note for m, x in models.items() if x.note})
     return records, facts
 
+# %% ../nbs/12_speed.ipynb #c88aaf19
+def measure_sizes(cfg: SpeedConfig) -> tuple: # As `measure_graphs`, by number of vertices
+    "Measure all models on every graph size of a preset."
+    return measure_graphs(cfg, {n: size_graph(n, cfg.seed) for n in PRESETS[cfg.preset]})
 
+
+def measure_sets(cfg: SpeedConfig, names) -> tuple: # As `measure_graphs`, by name
+    "Measure all models on the train parts of real sets."
+    from sharp_distill.data import load_interactions
+    from sharp_distill.split import make_split
+    return measure_graphs(cfg, {n: make_split(load_interactions(n), seed=cfg.seed).train.to_csr() for n in names})
+
+# %% ../nbs/12_speed.ipynb #6a110002
+def _side_records(times: dict, size: int, **more) -> list: # Of `take_turns`, for a number of readers
+    "Return one record a side."
+    return [dict(**more, batch=size, side=n, p50_ms=float(np.median(t)), p95_ms=float(np.quantile(t, .95)), best_ms=float(t.min()), over_product=ratio(times, n, "plain product"),
+                 users_per_s=1000 * size / float(np.median(t))) for n, t in times.items()]
+
+
+def _random_rows(cfg, what, *shape): return rng(cfg.seed, what).normal(size=shape).astype(np.float32)
+
+# %% ../nbs/12_speed.ipynb #8f27861c
 def measure_cached(cfg: SpeedConfig, n_items: int, batches=(1, 256, 4096)) -> list: # Records: batch, side, p50_ms, p95_ms, over_product
     "Measure the search in stored embeddings: one reader, a batch, and many."
-    gen, records = rng(cfg.seed, "cached"), []
-    items = gen.normal(size=(n_items, cfg.emb_dim)).astype(np.float32)
-    index = index_items(items, int8=True)
+    records, items = [], _random_rows(cfg, "cached", n_items, cfg.emb_dim)
+    index = index_items(items, int8=has_fast_search())
     for size in batches:
-        users = gen.normal(size=(size, cfg.emb_dim)).astype(np.float32)
-        times = take_turns(search_sides(users, index, items, cfg.k, cfg.threads) | library_sides(users, items, cfg.k, cfg.threads), cfg.repeats * (20 if size == 1 else 1), budget_s=cfg.budget_s, clock=cfg.clock)
-        records += [dict(batch=size, side=n, p50_ms=float(np.median(t)), p95_ms=float(np.quantile(t, .95)), best_ms=float(t.min()), over_product=ratio(times, n, "plain product"),
-                         users_per_s=1000 * size / float(np.median(t))) for n, t in times.items()]
+        users = _random_rows(cfg, "readers", size, cfg.emb_dim)
+        times = take_turns(search_sides(users, index, items, cfg.k, cfg.threads) | library_sides(users, items, cfg.k, cfg.threads),
+                           cfg.repeats * (20 if size == 1 else 1), budget_s=cfg.budget_s, clock=cfg.clock)
+        records += _side_records(times, size)
     return records
+
+# %% ../nbs/12_speed.ipynb #023161ef
+def measure_pruning(cfg: SpeedConfig, n_items: int, size: int = 512, spreads=(0., .25, .5, 1.)) -> list: # Records as above, with spread
+    "Measure the search where the items' lengths are spread as in a log-normal."
+    records, users = [], _random_rows(cfg, "readers", size, cfg.emb_dim)
+    for spread in spreads:
+        items = _random_rows(cfg, "pruning", n_items, cfg.emb_dim) * np.exp(spread * _random_rows(cfg, "lengths", n_items, 1))
+        sides = search_sides(users, index_items(items, int8=has_fast_search()), items, cfg.k, cfg.threads)
+        sides = {n: f for n, f in sides.items() if n == "plain product" or n.startswith("exact")}
+        records += _side_records(take_turns(sides, cfg.repeats, budget_s=cfg.budget_s, clock=cfg.clock), size, spread=spread)
+    return records
+
+# %% ../nbs/12_speed.ipynb #3e8d664f
+def measure_approximate(cfg: SpeedConfig, n_items: int, size: int = 256, probes=(4, 16, 64)) -> list: # Records as above, with recall; empty without FAISS
+    "Measure an approximate index against the exact search: time and recall."
+    try: import faiss
+    except ImportError: return []
+    items, users = _random_rows(cfg, "cached", n_items, cfg.emb_dim), _random_rows(cfg, "readers", size, cfg.emb_dim)
+    faiss.omp_set_num_threads(cfg.threads)
+    exact, rough = index_items(items, int8=has_fast_search()), approximate_index(items)
+    sides = {"plain product": search_sides(users, exact, items)["plain product"], "exact_topk": lambda: exact_topk(users, exact, cfg.k, n_threads=cfg.threads)}
+    sides |= {f"FAISS IVF, {p} cells": (lambda p=p: approximate_topk(users, rough, cfg.k, p)) for p in probes}
+    wanted, records = sides["exact_topk"]()[0], _side_records(take_turns(sides, cfg.repeats, budget_s=cfg.budget_s, clock=cfg.clock), size)
+    return [r | dict(recall=list_recall(sides[r["side"]]()[0], wanted)) for r in records if r["side"] != "plain product"]
 
 # %% ../nbs/12_speed.ipynb #cb237b22
 def measure_text(cfg: SpeedConfig, tokens: int = 128) -> list: # Records: encoder, p50_ms, p95_ms, n_params
@@ -564,29 +618,41 @@ def measure_training(cfg: SpeedConfig, nodes: int) -> dict: # who -> step_s, pea
 
 # %% ../nbs/12_speed.ipynb #d8ad8c11
 SERVE = """
-import sys
+import sys, time
 import numpy as np, scipy.sparse as sp
 from sharp_distill.serving import Recommender
+start = time.perf_counter()
 rec = Recommender.load(sys.argv[1])
-users = list(range(min(256, len(rec.user_ids))))
-rec.recommend_idx(users, 10); rec.recommend(rec.user_ids[0], k=10)
-facts = dict(embeddings_mib=(rec.user_emb.nbytes + rec.item_emb.nbytes) / 2**20, torch="torch" in sys.modules)
+rec.recommend(str(rec.user_ids[0]), k=10)
+first = time.perf_counter() - start
+rec.recommend_idx(list(range(min(256, len(rec.user_ids)))), 10)
+facts = dict(embeddings_mib=(rec.user_emb.nbytes + rec.item_emb.nbytes) / 2**20, first_answer_s=first, torch="torch" in sys.modules)
 """
 
 
-def measure_serving(cfg: SpeedConfig, nodes: int) -> dict: # embeddings_mib, peak_mib, beyond_mib
-    "Save a student of a given size, load it in a process of its own, answer, and report the memory."
-    import tempfile, types
+def random_recommender(cfg: SpeedConfig, nodes: int): # -> Recommender
+    "Make a Recommender of a given size with random numbers."
+    import types
     from sharp_distill.serving import build_recommender
     R, gen, d = size_graph(nodes, cfg.seed), rng(cfg.seed, "serve"), cfg.emb_dim
     users, items, table = (gen.normal(size=(n, d)).astype(np.float32) for n in (*R.shape, 65))
     state = types.SimpleNamespace(user_emb=users, item_emb=items, item_message=items, user_map=table, item_map=table[1:], item_degree=np.asarray(R.sum(0)).ravel().astype(np.int64),
                                   head={}, config={}, split_sha="speed", encoder="none")
     ids = [np.array([f"{c}{j}" for j in range(n)], object) for c, n in zip("ui", R.shape)]
-    seen = types.SimpleNamespace(n_users=R.shape[0], n_items=R.shape[1], user_ids=ids[0], item_ids=ids[1], item_titles=None, to_csr=lambda: R)
-    with tempfile.TemporaryDirectory() as folder:
-        facts = run_apart(SERVE, build_recommender(state, seen).save(f"{folder}/student"))
-    return facts | dict(beyond_mib=facts["peak_mib"] - facts["embeddings_mib"])
+    return build_recommender(state, types.SimpleNamespace(n_users=R.shape[0], n_items=R.shape[1], user_ids=ids[0], item_ids=ids[1], item_titles=None, to_csr=lambda: R))
+
+
+def measure_serving(cfg: SpeedConfig, nodes: int) -> dict: # embeddings_mib, peak_mib, beyond_mib, first_answer_s, fold_in_ms
+    "Save a student of a given size, load it in a process of its own, answer, and report memory and times."
+    import tempfile
+    rec = random_recommender(cfg, nodes)
+    basket = [str(i) for i in rng(cfg.seed, "basket").choice(rec.item_ids, min(50, len(rec.item_ids)), replace=False)]
+    def fold():
+        row, have = rec.fold_in(basket)
+        exact_topk(row[None], rec._index, cfg.k, sp.csr_matrix((np.ones(len(have), bool), have, [0, len(have)]), shape=(1, len(rec.item_ids))))
+    times = take_turns({"fold_in": fold, "with names": lambda: rec.recommend_new(basket, k=cfg.k)}, cfg.repeats * 10, budget_s=cfg.budget_s, clock=cfg.clock)
+    with tempfile.TemporaryDirectory() as folder: facts = run_apart(SERVE, rec.save(f"{folder}/student"))
+    return facts | dict(beyond_mib=facts["peak_mib"] - facts["embeddings_mib"], fold_in_ms=float(np.median(times["fold_in"])), fold_in_named_ms=float(np.median(times["with names"])))
 
 # %% ../nbs/12_speed.ipynb #f7007d44
 def measure_quality(cfg: SpeedConfig, dataset: str) -> list: # Records: model, ndcg, lo, hi, train_s, n_bytes, and p50 of each regime
@@ -596,6 +662,7 @@ def measure_quality(cfg: SpeedConfig, dataset: str) -> list: # Records: model, n
     from sharp_distill.distillation import DistillConfig, distill
     from sharp_distill.evaluation import evaluate
     from sharp_distill.reviews import encode_reviews
+    from sharp_distill.rivals import fit_hccf
     from sharp_distill.split import make_split
     from sharp_distill.student import student_scorer
     from sharp_distill.teacher import TeacherConfig, teacher_scorer, train_teacher
@@ -603,7 +670,7 @@ def measure_quality(cfg: SpeedConfig, dataset: str) -> list: # Records: model, n
     reviews = encode_reviews(split)
     teacher = train_teacher(split, reviews, TeacherConfig(seed=cfg.seed))
     student = student_scorer(distill(teacher, split, reviews, DistillConfig(seed=cfg.seed)))
-    scorers = dict(ease=fit_ease(split), ials=fit_ials(split), lightgcn=fit_lightgcn(split), hgnn=teacher_scorer(teacher), student=student)
+    scorers = dict(ease=fit_ease(split), ials=fit_ials(split), lightgcn=fit_lightgcn(split), hccf=fit_hccf(split), hgnn=teacher_scorer(teacher), student=student)
     scene = make_scene(split.train.to_csr(), cfg.emb_dim, history=20, seed=cfg.seed, k=cfg.k)
     times = measure_speed(scene, {n: m for n, m in graph_models(scene).items() if n in scorers}, cfg.repeats, cfg.budget_s, cfg.clock)
     records = []
@@ -627,7 +694,22 @@ def verdicts(records: list, nodes: int) -> list: # Records: regime, rival, publi
         if (rival, "propagate") in at: out.append(dict(regime="whole propagation for a fresh answer", rival=rival, published=published[rival], measured=at[rival, "propagate"] / at["student", "fresh"]))
     return [v | dict(supports=v["measured"] >= v["published"]) for v in out]
 
-
+# %% ../nbs/12_speed.ipynb #5b0efc21
 def say(verdict: dict) -> str:
     "Say one verdict in a sentence."
     return f"{verdict['regime']}: {verdict['rival']} takes {verdict['measured']:.1f} times as long as the student; this {'supports' if verdict['supports'] else 'does NOT support'} the published {verdict['published']:.0f}x."
+
+# %% ../nbs/12_speed.ipynb #6a110004
+def bars(records: list, nodes: int, cached: list, training: dict, serving: dict) -> list: # Records: bar, limit, measured, met
+    "Compare the measured figures with the limits set beforehand."
+    over = {(r["model"], r["regime"]): r["over_student"] for r in records if r["nodes"] == nodes}
+    ms = {(r["batch"], r["side"]): r["p50_ms"] for r in cached}
+    quickest = lambda b: min(v for (size, side), v in ms.items() if size == b and side.startswith("exact"))
+    one, many = min(b for b, _ in ms), max(b for b, _ in ms)
+    least = [(f"{regime}: {m} / student", low, over[m, regime]) for regime, m, low in (("fresh", "hgnn", 68), ("fresh", "lightgcn", 40), ("refresh", "hgnn", 6), ("refresh", "lightgcn", 3))]
+    least += [(f"cached, {b:,} readers: {side} / exact_topk", low, ms[b, side] / quickest(b)) for b, low, sides in
+              ((many, 3, ("faiss IndexFlatIP", "implicit topk")), (one, 5, ("torch.topk", "numpy.argpartition"))) for side in sides if (b, side) in ms]
+    most = [(f"cached, {b:,} readers: exact_topk / plain product", high, quickest(b) / ms[b, "plain product"]) for b, high in ((many, 1.2), (one, 1.5))]
+    most += [("fold-in of 50 items and top-10, ms", 2, serving["fold_in_ms"]), ("load and first answer, s", 1, serving["first_answer_s"]),
+             ("training the student, peak MiB", 4096, training["student"]["peak_mib"]), ("serving beyond the embeddings, MiB", 300, serving["beyond_mib"])]
+    return [dict(bar=b, limit=f"at least {x}", measured=y, met=y >= x) for b, x, y in least] + [dict(bar=b, limit=f"at most {x}", measured=y, met=y <= x) for b, x, y in most]

@@ -1,4 +1,5 @@
 """Stress tests of the serving part: exact search against a full sort, folders that were damaged, ids that do not exist."""
+import dataclasses
 import subprocess
 import sys
 import types
@@ -8,10 +9,12 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
+from sharp_distill import native, serving
 from sharp_distill.core import UserError
 from sharp_distill.serving import Recommender, build_recommender, exact_topk, full_sort_topk, index_items
 
-ENGINES = ("numpy", "torch", "int8")
+ENGINES = ("numpy", "torch", "int8") if native.find_library() else ("numpy", "torch")
+HAS_INT8 = "int8" in ENGINES
 
 
 def draw_case(seed, n_items, n_users, d, kind, share_seen):
@@ -70,7 +73,7 @@ def test_pruning_keeps_short_items_that_point_the_right_way():
 
 def test_answer_does_not_depend_on_batch_or_threads():
     u, i, _ = draw_case(5, 5000, 64, 48, "normal", None)
-    index, wanted = index_items(i, int8=True), exact_topk(u, i, 20)
+    index, wanted = index_items(i, int8=HAS_INT8), exact_topk(u, i, 20)
     for engine in ENGINES:
         for size, threads in ((1, 1), (5, 3), (64, 2)):
             got = exact_topk(u, index, 20, engine=engine, batch_size=size, n_threads=threads)
@@ -85,6 +88,43 @@ def test_setting_of_torch_threads_comes_back():
     exact_topk(u, i, 5, engine="torch")
     with pytest.raises(UserError): exact_topk(u, i, 501, engine="torch")
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.skipif(not HAS_INT8, reason="no C compiler")
+def test_plain_loop_of_the_compiled_search_is_exact_too(monkeypatch):
+    plain = native.compile_library("cc", native.SOURCE.replace("__AVX512VNNI__", "NO_SUCH_THING"))
+    assert not plain.fast()
+    monkeypatch.setattr(native, "find_library", lambda: plain)
+    for seed, kind in ((1, "normal"), (2, "ties"), (3, "lengths")):
+        u, i, seen = draw_case(seed, 3000, 5, 13, kind, .3)
+        np.testing.assert_array_equal(exact_topk(u, i, 40, seen, "int8")[0], full_sort_topk(u, i, 40, seen)[0])
+
+
+@pytest.mark.skipif(not HAS_INT8, reason="no C compiler")
+def test_bound_of_8_bit_scores_is_needed():
+    """Without the error term the search must lose items, else the bound is not what makes it exact."""
+    careless = native.compile_library("cc", native.SOURCE.replace("return 1.000001 * (u->length", "return 0 * (u->length"))
+    u, i, _ = draw_case(7, 20_000, 40, 16, "normal", None)
+    index, wanted = index_items(i, int8=True), full_sort_topk(u, i, 10)[0]
+    assert (exact_topk(u, index, 10)[0] == wanted).all()
+    before = native.find_library
+    native.find_library = lambda: careless
+    try: assert (exact_topk(u, index, 10)[0] != wanted).any()
+    finally: native.find_library = before
+
+
+def test_without_a_compiler_answers_are_the_same(shop, monkeypatch):
+    with_it = shop.recommend(list(shop.user_ids), k=4)
+    for module in (native, serving): monkeypatch.setattr(module, "find_library", lambda: None)
+    for module in (native, serving): monkeypatch.setattr(module, "has_fast_search", lambda: False)
+    without = dataclasses.replace(shop)
+    assert without._index.codes is None and without.recommend(list(shop.user_ids), k=4).equals(with_it)
+    with pytest.raises(UserError, match="C compiler"): index_items(shop.item_emb, int8=True)
+    with pytest.raises(UserError, match="no 8-bit codes"): exact_topk(shop.user_emb, without._index, 3, engine="int8")
+
+
+def test_a_failing_compiler_is_named():
+    with pytest.raises(UserError, match="could not compile"): native.compile_library("false", "int x(")
 
 
 @pytest.fixture
@@ -120,6 +160,46 @@ def test_bad_input_is_named(shop):
                        (lambda: shop.recommend([]), "empty"), (lambda: shop.recommend("u1", unknown="popluar"), "'popular'"), (lambda: shop.fold_in(["i1", "zz"]), "'zz'"), (lambda: shop.recommend_idx([9]), "expected 0 to 8"),
                        (lambda: shop.with_item("i1", [0, 0]), "exists already"), (lambda: shop.fold_in([], review_emb=[np.nan, 1]), "finite")]:
         with pytest.raises(UserError, match=says): call()
+
+
+def test_all_seen_gives_no_rows_and_invents_nothing(shop):
+    full = dataclasses.replace(shop, seen=sp.csr_matrix(np.ones((9, 30), np.float32)))
+    assert len(full.recommend("u1")) == 0 and (full.recommend_idx([1, 2], 3)[0] == -1).all()
+    assert len(full.recommend("u1", k=30, exclude_seen=False)) == 30
+    assert len(shop.recommend_new(list(shop.item_ids), k=5)) == 0
+
+
+def test_rows_that_are_not_numbers_are_named(shop):
+    bad = shop.item_emb.copy(); bad[3, 1] = np.nan
+    state = types.SimpleNamespace(**{n: getattr(shop, n) for n in serving.ARRAYS} | {"item_emb": bad}, head={}, config={}, split_sha="x", encoder="none")
+    seen = types.SimpleNamespace(n_users=9, n_items=30, user_ids=shop.user_ids, item_ids=shop.item_ids, item_titles=None, to_csr=lambda: shop.seen)
+    with pytest.raises(UserError, match="item_emb row 3"): build_recommender(state, seen)
+    with pytest.raises(UserError, match="user_emb row 0"): exact_topk(np.float32([[np.inf, 0, 0, 0]]), shop.item_emb, 3)
+    with pytest.raises(UserError, match="9 rows, the interactions 8"): build_recommender(types.SimpleNamespace(**vars(state) | {"item_emb": shop.item_emb}), types.SimpleNamespace(**vars(seen) | {"n_users": 8}))
+    with pytest.raises(UserError, match="MLP head"): build_recommender(types.SimpleNamespace(**vars(state) | {"head": {"w": 1}}), seen)
+
+
+def test_empty_history_and_unknown_readers_have_an_answer(shop):
+    np.testing.assert_allclose(shop.fold_in([])[0], shop.user_map[-1], atol=1e-6)
+    assert len(shop.recommend_new([], k=4)) == 4
+    popular = shop.recommend("nobody", k=3, unknown="popular").item_id.tolist()
+    assert popular == [shop.item_ids[j] for j in np.argsort(-shop.item_degree, kind="stable")[:3]]
+
+
+def test_folding_in_the_train_items_gives_the_trained_row():
+    gen = np.random.default_rng(3)
+    R = sp.csr_matrix((gen.random((12, 40)) < .2).astype(np.float32))
+    message, user_map = gen.normal(size=(40, 6)).astype(np.float32), gen.normal(size=(1, 6)).astype(np.float32)
+    n, degree = np.diff(R.indptr), np.asarray(R.sum(0)).ravel().astype(int)
+    rows = user_map / (n + 1)[:, None] + (R.toarray() / np.sqrt((n + 1)[:, None] * (degree + 1))) @ message
+    state = types.SimpleNamespace(user_emb=rows.astype(np.float32), item_emb=message, item_message=message, user_map=user_map, item_map=np.zeros((0, 6), np.float32), item_degree=degree,
+                                  head={}, config={}, split_sha="x", encoder="none")
+    seen = types.SimpleNamespace(n_users=12, n_items=40, user_ids=np.arange(12).astype(str).astype(object), item_ids=np.arange(40).astype(str).astype(object), item_titles=None, to_csr=lambda: R)
+    rec = build_recommender(state, seen)
+    for u in range(12):
+        hers = [str(i) for i in R[u].indices]
+        np.testing.assert_allclose(rec.fold_in(hers, user_id=str(u))[0], rows[u], atol=1e-5)
+        assert not set(rec.recommend_new([], user_id=str(u), k=5).item_id) & set(hers)
 
 
 def test_duplicates_count_once(shop):

@@ -6,8 +6,9 @@ import pytest
 import scipy.sparse as sp
 
 from sharp_distill.core import UserError
-from sharp_distill.speed import (PAPER_MS, SpeedConfig, bipartite_steps, break_even, ease_fresh, ease_inverse, ease_scores, graph_models, grown, hccf_layers, hyper_steps,
-                                 ials_row, ials_rows, make_scene, measure_speed, plain_topk, ratio, rerun_rows, run_apart, run_chain, scaled, student_layer, take_turns, verdicts)
+from sharp_distill.speed import (PAPER_MS, TRAIN_STEP, SpeedConfig, bars, bipartite_steps, break_even, ease_fresh, ease_inverse, ease_scores, graph_models, grown, hyper_steps,
+                                 ials_row, ials_rows, make_scene, measure_approximate, measure_pruning, measure_serving, measure_speed, ratio, rerun_rows, run_apart, run_chain, scaled, student_layer, take_turns, verdicts)
+from sharp_distill.serving import exact_topk, full_sort_topk
 from sharp_distill.synthetic import make_graph
 
 
@@ -61,8 +62,6 @@ def test_every_model_answers_without_seen_items():
         answer = model.fresh()
         assert answer.shape == (1, 10) and len(set(answer[0])) == 10, name
         assert not set(answer[0]) & set(scene.seen), name
-    users, items = hccf_layers(scaled(scene.new), scene.user_emb, scene.item_emb, *[np.zeros((8, 3), np.float32)] * 2)
-    assert np.isfinite(plain_topk(users[0], items, 3, np.array([0]))).all()
 
 
 def test_clocks_and_ratios():
@@ -95,3 +94,32 @@ def test_whole_propagation_is_a_verdict_of_its_own():
                (("student", "fresh", 2.), ("hgnn", "propagate", 300.), ("hgnn", "fresh", 150.), ("lightgcn", "propagate", 60.))]
     whole = {v["rival"]: v for v in verdicts(records, 136_701) if v["regime"].startswith("whole")}
     assert whole["hgnn"]["measured"] == 150 and whole["hgnn"]["supports"] and not whole["lightgcn"]["supports"]
+
+
+def test_memory_at_full_size():
+    """The student's training under 4 GiB, serving under 300 MiB beyond the embeddings, at 71,258 users, 65,443 items and 1,243,755 interactions."""
+    assert 200 < run_apart(TRAIN_STEP, "student", "cpu", 136_701, 64, 1, 4096, 0)["peak_mib"] < 4096
+    served = measure_serving(SpeedConfig(repeats=3, threads=1), 136_701)
+    assert 30 < served["embeddings_mib"] < 40 and served["beyond_mib"] < 300 and not served["torch"]
+
+
+def test_pruning_is_measured_for_every_spread_and_stays_exact():
+    cfg = SpeedConfig(repeats=3, threads=1, emb_dim=16)
+    records = measure_pruning(cfg, 6000, 16, (0., 1.5))
+    assert {r["spread"] for r in records} == {0., 1.5} and all(r["over_product"] > 0 for r in records)
+    items = make_scene(graph(1), emb_dim=16).item_emb * np.exp(1.5 * np.random.default_rng(0).normal(size=(200, 1))).astype(np.float32)
+    users = make_scene(graph(1), emb_dim=16).user_emb[:20]
+    np.testing.assert_array_equal(exact_topk(users, items, 10)[0], full_sort_topk(users, items, 10)[0])
+
+
+def test_approximate_search_reports_its_recall():
+    pytest.importorskip("faiss")
+    recall = {r["side"]: r["recall"] for r in measure_approximate(SpeedConfig(repeats=3, threads=1, emb_dim=16), 3000, 20, (1, 8, 219))}
+    assert recall["exact_topk"] == 1 and recall["FAISS IVF, 1 cells"] < recall["FAISS IVF, 8 cells"] < recall["FAISS IVF, 219 cells"] == 1
+
+
+def test_limits_are_read_the_right_way_round():
+    records = [dict(nodes=1, model=m, regime=g, over_student=x) for m, g, x in (("hgnn", "fresh", 68.), ("lightgcn", "fresh", 39.), ("hgnn", "refresh", 7.), ("lightgcn", "refresh", 3.))]
+    cached = [dict(batch=b, side=s, p50_ms=x) for b in (1, 8) for s, x in (("plain product", 10.), ("exact_topk torch", 12.), ("torch.topk", 59.), ("numpy.argpartition", 61.))]
+    found = {b["bar"]: b["met"] for b in bars(records, 1, cached, dict(student=dict(peak_mib=4095)), dict(fold_in_ms=2.1, first_answer_s=.9, beyond_mib=299))}
+    assert [k for k, met in found.items() if not met] == ["fresh: lightgcn / student", "cached, 1 readers: torch.topk / exact_topk", "fold-in of 50 items and top-10, ms"]
