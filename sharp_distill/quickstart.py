@@ -74,7 +74,7 @@ def initialize_models(num_nodes: int, # Users + items
     from sharp_distill.baselines import LightGCNConfig
     if num_hyperedges >= num_nodes: raise UserError(f"num_hyperedges is {num_hyperedges} with {num_nodes} nodes: expected fewer, since nodes are users and items together.")
     quick = dict(emb_dim=emb_dim, seed=seed, batch_size=1024)
-    configs = (("lightgcn", LightGCNConfig(emb_dim=emb_dim, seed=seed)), ("teacher", TeacherConfig(lr=5e-3, epochs=40, patience=5, **quick)), ("student", DistillConfig(lr=3e-4, epochs=8, patience=3, **quick)))
+    configs = (("lightgcn", LightGCNConfig(emb_dim=emb_dim, seed=seed)), ("teacher", TeacherConfig(lr=5e-3, epochs=40, patience=5, **quick)), ("student", DistillConfig(emb_dim=emb_dim, seed=seed)))
     return tuple(Model(name, config, num_nodes, num_hyperedges) for name, config in configs)
 
 # %% ../nbs/15_quickstart.ipynb #3767200e

@@ -19,7 +19,7 @@ from .evaluation import Scorer
 @dataclass(frozen=True)
 class StudentConfig(Config):
     "Options that decide what the student is (not how it is trained)."
-    emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
+    emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
     head: str = option("dot", "how a user's and an item's row become a score", choices=("dot", "mlp"))
     use_text: bool = option(True, "give the student the review vectors")
 
