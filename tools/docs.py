@@ -21,7 +21,9 @@ nb_mime_priority_overrides = [("*", "text/html", 0), ("*", "image/png", 1)]
 """
 CSS = """
 .cell_output img { background: #fff; border-radius: 4px; max-width: 100% }
-.cell_output table { font-size: var(--font-size--small); display: block; overflow-x: auto }
+.content { width: 54em } .content img { background: #fff }
+.cell_output table { font-size: var(--font-size--small); display: block; overflow-x: auto; border: 0; border-collapse: collapse }
+.cell_output :is(td, th) { border: 0; border-bottom: 1px solid #8884; padding: .15em .6em }
 div.math { overflow-x: auto; margin: 1em 0; text-align: center } math { font-size: 1.1em }
 a.source { font-size: var(--font-size--small) }
 """
@@ -119,6 +121,7 @@ def write_sources(folder: Path):
     for p in modules: (folder / "api" / f"{module_of(p)}.md").write_text(api(p), encoding="utf-8")
     rows = "\n".join(f"- [{m}]({m}.md): {ast.get_docstring(ast.parse((ROOT / 'sharp_distill' / f'{m}.py').read_text(encoding='utf-8')))}" for m in map(module_of, modules))
     (folder / "api/index.md").write_text(f"# Modules\n\n{rows}\n\n```{{toctree}}\n:hidden:\n\n" + "\n".join(map(module_of, modules)) + "\n```\n", encoding="utf-8")
+    if (ROOT / "nbs/figures").exists(): shutil.copytree(ROOT / "nbs/figures", folder / "figures")
     (folder / "conf.py").write_text(CONF, encoding="utf-8")
     (folder / "site.css").write_text(CSS, encoding="utf-8")
 

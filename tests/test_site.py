@@ -1,0 +1,85 @@
+"""The documentation site: it builds without a warning, loads nothing from outside, can be searched, and is in reading order."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("myst_nb")
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import docs # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site") / "html"
+    before = (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8")
+    done = subprocess.run([sys.executable, "tools/docs.py", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-3000:]
+    assert (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8") == before, "nbs/sidebar.yml was out of date: commit what tools/docs.py wrote"
+    return out
+
+
+def test_nothing_comes_from_outside(site):
+    for path in site.rglob("*.html"):
+        text = path.read_text(encoding="utf-8")
+        for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", text):
+            found = re.search(r"(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)", tag)
+            assert not found, f"{path.name} loads {found[1]}"
+        assert "@import" not in text
+
+
+def test_every_notebook_has_its_page_in_reading_order(site):
+    text = (site / "index.html").read_text(encoding="utf-8")
+    tree = text[text.index("sidebar-tree"):]
+    wanted = [p.stem for paths in docs.groups().values() for p in paths if p.stem != "index"]
+    places = [tree.find(f'href="{stem}.html"') for stem in wanted]
+    assert -1 not in places and places == sorted(places)
+    assert sorted(wanted) == sorted(p.stem for p in (ROOT / "nbs").glob("*.ipynb") if p.stem != "index")
+    captions = re.findall(r'caption-text">([^<]+)', tree)
+    assert captions == [*docs.groups(), "API"]
+
+
+def test_search_index_knows_functions_and_words(site):
+    index = (site / "searchindex.js").read_text(encoding="utf-8")
+    for term in ("compact_gcn", "hyperedg", "retent"): assert term in index, term
+
+
+def test_api_pages_carry_signature_parameters_and_source(site):
+    text = re.sub(r"<[^>]+>", "", page := (site / "api/student.html").read_text(encoding="utf-8"))
+    assert "def compact_gcn(" in text and "sparse edge weights" in text and "Return one layer of CompactGCN" in text
+    for target, name in re.findall(r'href="\.\./([\w.]+)\.html#def-(\w+)"', page): assert f'id="def-{name}"' in (site / f"{target}.html").read_text(encoding="utf-8")
+
+
+def test_equations_are_mathml_and_code_keeps_its_dollars(site):
+    text = (site / "08_student.html").read_text(encoding="utf-8")
+    assert text.count("<math") > 10 and "$$" not in text
+    assert docs.mathml("`$x$` and $x_1$ and $HOME") == "`$x$` and " + docs.mathml("$x_1$") + " and $HOME"
+    assert "<msub>" in docs.mathml("$x_1$")
+
+
+def test_sidebar_file_names_notebooks_that_exist():
+    for name in re.findall(r"- (\S+\.ipynb)", docs.sidebar()): assert (ROOT / "nbs" / name).exists()
+    assert docs.sidebar().count(".ipynb") == len(list((ROOT / "nbs").glob("*.ipynb")))
+
+
+def test_the_gallery_draws_what_is_stored(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "papermill", "results.ipynb", str(tmp_path / "out.ipynb")], cwd=ROOT / "nbs", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pictures = sum("image/png" in o.get("data", {}) for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"] for o in c.get("outputs", []))
+    assert pictures >= len(list((ROOT / "outputs/results").glob("*.json"))) + 2
+
+
+def test_own_data_example_runs_as_written(tmp_path):
+    "The README's lines, on a small CSV."
+    from sharp_distill.data import make_sample
+    make_sample(n_users=120, n_items=60).to_frame()[["user_id", "item_id", "review", "rating"]].to_csv(tmp_path / "my_reviews.csv", index=False)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "SHARP_DISTILL_QUIET": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(re.findall(r"book\d{4}", done.stdout)) == 10
