@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL_STYLE', 'PAPER_RETENTION', 'model_style', 'in_order', 'plot_quality', 'plot_latency', 'plot_tradeoff',
-           'plot_retention', 'plot_sensitivity', 'plot_history', 'save_figure']
+           'plot_retention', 'plot_sensitivity', 'plot_history', 'plot_differences', 'plot_alignment', 'plot_growth',
+           'plot_kept', 'save_figure']
 
 # %% ../nbs/13_plots.ipynb #a71f1fc6
 from pathlib import Path
@@ -158,6 +159,87 @@ def plot_history(histories: dict, # Model name -> frame with epoch and valid
         ax.plot(h["epoch"] + 1, h["valid"], **model_style(name), markersize=4, lw=1.2, label=name)
     ax.set(xlabel="epoch", ylabel="validation NDCG@10", ylim=(0, None), title="How did the trainings go?\n(teacher: its networks alone, before the filter is added)")
     ax.legend(frameon=False, fontsize=8)
+    return ax
+
+# %% ../nbs/13_plots.ipynb #18f5b397
+def _say(m, seeds): return f"{m:+.1f} %" + (f"  ({seeds:.0f} seed{'s' * (seeds > 1)})" if seeds < 2 else "")
+
+
+def plot_differences(df, # variant, mean, low, high in percent of the reference, seeds; low and high may be missing
+                     ax=None, reference: str = "full model", metric: str = "NDCG@10"):
+    "Draw what each variant changes, sorted, as bars from zero."
+    df = df[df["variant"] != reference].dropna(subset=["mean"]).sort_values("mean", ascending=False)
+    ax = _axis(df, ax, ("variant", "mean", "low", "high"), (7, .34 * len(df) + 1.3))
+    ends = df[["low", "high"]].to_numpy(float)
+    ends = np.where(np.isnan(ends), df[["mean", "mean"]].to_numpy(float), ends)
+    ax.barh(df["variant"], df["mean"], xerr=np.abs(ends.T - df["mean"].to_numpy(float)), color=np.where(df["mean"] < 0, "#D55E00", "#0072B2"), height=.65, error_kw=dict(lw=1, capsize=2, ecolor="#444444"))
+    reach = max(np.abs(ends).max(), np.abs(df["mean"]).max(), 1e-9)
+    for y, (m, (low, high), s) in enumerate(zip(df["mean"], ends, df.get("seeds", pd.Series(2, df.index)))):
+        left = m < 0
+        ax.text((min(m, low) if left else max(m, high)) + (-.02 if left else .02) * reach, y, _say(m, s), va="center", ha="right" if left else "left", fontsize=8)
+    ax.axvline(0, color="#000000", lw=1)
+    low, high = min(ends.min(), 0), max(ends.max(), 0)
+    ax.set(xlabel=f"change of {metric}, %", xlim=(low - (.34 if low < -.01 * reach else .04) * reach, high + (.34 if high > .01 * reach else .04) * reach), title=f"What changes against: {reference}?")
+    return ax
+
+# %% ../nbs/13_plots.ipynb #68ebac43
+def plot_alignment(df, # a, b, cka: 0 to 1
+                   ax=None):
+    "Draw the similarity of every pair of representations."
+    names = list(dict.fromkeys([*df["a"], *df["b"]])) if {"a", "b"} <= set(df.columns) else []
+    ax = _axis(df, ax, ("a", "b", "cka"), (1.1 + .75 * len(names), .9 + .55 * len(names)))
+    grid = np.full((len(names), len(names)), np.nan)
+    for a, b, v in df[["a", "b", "cka"]].itertuples(index=False): grid[names.index(b), names.index(a)] = v
+    ax.imshow(grid[1:, :-1], vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for (y, x), v in np.ndenumerate(grid[1:, :-1]):
+        if np.isfinite(v): ax.text(x, y, f"{v:.2f}", ha="center", va="center", color="white" if v < .55 else "black")
+    ax.set_xticks(range(len(names) - 1), names[:-1]); ax.set_yticks(range(len(names) - 1), names[1:])
+    ax.spines[:].set_visible(False); ax.tick_params(length=0)
+    ax.set_title("Who sees users alike? CKA, 1 is the same")
+    return ax
+
+# %% ../nbs/13_plots.ipynb #9d39911c
+def plot_growth(df, # model, x, and one column a quantity
+                quantities: dict, # Column -> label of the axis
+                ax=None, # An array of axes
+                xlabel: str = "interactions", title: str = "What grows with the data?", log=()):
+    "Draw quantities against size, one panel each, one line a model."
+    import matplotlib.pyplot as plt
+    _needs(df, ("model", "x", *quantities))
+    axes = np.ravel(ax if ax is not None else plt.subplots(1, len(quantities), figsize=(3.1 * len(quantities) + .8, 3), layout="constrained")[1])
+    for a, (column, label) in zip(axes, quantities.items()):
+        for model in in_order(df["model"].unique()):
+            part = df[df["model"] == model].sort_values("x")
+            a.plot(part["x"], part[column], **model_style(model), lw=1.4, markersize=5, label=model)
+        a.set(xlabel=xlabel, ylabel=label, xscale="log", **(dict(yscale="log") if column in log else dict(ylim=(0, 1.15 * df[column].max()))))
+        _size_ticks(a, sorted(df["x"].unique()))
+        a.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].figure.suptitle(title, fontsize=11)
+    return axes
+
+# %% ../nbs/13_plots.ipynb #bc4ccda3
+def _size_ticks(a, sizes):
+    "Label a log axis at the sizes themselves, in thousands."
+    from matplotlib.ticker import NullFormatter, NullLocator
+    a.set_xticks(sizes, [f"{s / 1000:.3g}k" if s >= 1000 else f"{s:g}" for s in sizes], fontsize=8)
+    a.xaxis.set_minor_locator(NullLocator()); a.xaxis.set_minor_formatter(NullFormatter())
+
+# %% ../nbs/13_plots.ipynb #9acf815c
+def plot_kept(df, # dataset, mean, low, high as shares, seeds
+              published: dict = {}, # Name -> share
+              ax=None, metric: str = "NDCG@10"):
+    "Draw the student's share of the teacher on each data set beside printed shares."
+    ax = _axis(df, ax, ("dataset", "mean", "low", "high"), (6, .4 * (len(df) + len(published)) + 1.4))
+    rows = [(d, m, lo, hi, True) for d, m, lo, hi in df[["dataset", "mean", "low", "high"]].itertuples(index=False)] + [(f"{n} (paper)", v, np.nan, np.nan, False) for n, v in published.items()]
+    for y, (name, m, lo, hi, ours) in enumerate(rows[::-1]):
+        if np.isfinite(lo): ax.plot([100 * lo, 100 * hi], [y, y], color="#D55E00", lw=1.5)
+        ax.scatter(100 * m, y, s=60, zorder=3, color="#D55E00" if ours else "#777777", marker="o" if ours else "D")
+        ax.annotate(f"{100 * m:.1f} %", (100 * m, y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8)
+    ax.axvline(100, color="#000000", lw=1); ax.text(100, len(rows) - .4, " teacher", ha="left", va="center", fontsize=8)
+    ax.set_yticks(range(len(rows)), [r[0] for r in rows[::-1]])
+    ax.set(ylim=(-.6, len(rows) - .1), xlabel=f"student / teacher, {metric}, %", title="How much of the teacher is kept?")
+    ax.margins(x=.12)
     return ax
 
 # %% ../nbs/13_plots.ipynb #cfbd0f38
