@@ -226,20 +226,23 @@ def peer_loss(model, # forward() -> (user_emb [U, d], item_emb [I, d]); rows(use
 
 
 def peer_embeddings(model): # -> float32 [U, d], [I, d]
-    "Return the embeddings a peer ranks by, as arrays."
+    "Return the embeddings whose dot product is the loss's logit, as arrays."
     with torch.no_grad(): out = model()
     if model.cfg.cosine: out = [F.normalize(e, dim=1) for e in out]
-    return [e.cpu().numpy() for e in out]
+    return [e.cpu().numpy() for e in (out[0] / model.cfg.temperature, out[1])]
 
 # %% ../nbs/10_baselines.ipynb #a1559780
 def fit_peer(name: str, split, model, # A module as `peer_loss` expects it
              loss_fn=peer_loss, # (model, train, users, items, gen) -> (total, parts)
-             checkpoint=None) -> Scorer:
+             checkpoint=None, # File to continue from
+             watch=None) -> Scorer: # Called with (validations so far, NDCG@10); may raise to end the training
     "Train a peer on `split.train`, stop on validation NDCG@10, and freeze its embeddings."
-    train = split.train.to_csr()
+    train, seen = split.train.to_csr(), []
     def validate():
         p, q = peer_embeddings(model)
-        return evaluate(lambda u: p[u] @ q.T, split, "valid", ks=(10,)).mean("NDCG@10")
+        seen.append(evaluate(lambda u: p[u] @ q.T, split, "valid", ks=(10,)).mean("NDCG@10"))
+        if watch: watch(len(seen) - 1, seen[-1])
+        return seen[-1]
     history = fit(model, (split.train.user_idx, split.train.item_idx),
                   lambda u, i, epoch, gen: loss_fn(model, train, u, i, gen), validate, model.cfg, checkpoint, name)
     n_params = sum(p.numel() for p in model.parameters())
@@ -273,9 +276,10 @@ class LightGCN(nn.Module):
     def rows(self, users, items): return self.user[users], self.item[items]
 
 
-def fit_lightgcn(split, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None) -> Scorer:
+def fit_lightgcn(split, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train LightGCN with early stopping on validation NDCG@10."
-    return fit_peer("lightgcn", split, LightGCN(split.train.to_csr(), cfg, pick_device(cfg.device)), checkpoint=checkpoint)
+    model = LightGCN(split.train.to_csr(), cfg, pick_device(cfg.device))
+    return fit_peer("lightgcn", split, model, checkpoint=checkpoint, watch=watch)
 
 # %% ../nbs/10_baselines.ipynb #75cc0e11
 @dataclass(frozen=True)
@@ -284,9 +288,14 @@ class Method:
     fit: Callable # (split, **options) -> Scorer, or (split, item_text, **options)
     space: dict # Option -> (low, high, "linear", "log" or "int"), or a tuple of choices
     text: bool = False # Does it read item text?
+    config: type | None = None # Its options, where they are a `Config`
+
+    def defaults(self) -> dict: # Option -> value, for the options that are searched
+        if self.config: return {o: getattr(self.config(), o) for o in self.space}
+        return {o: inspect.signature(self.fit).parameters[o].default for o in self.space}
 
 
-def _lightgcn(split, **options): return fit_lightgcn(split, LightGCNConfig.from_dict(options))
+def _lightgcn(split, watch=None, **options): return fit_lightgcn(split, LightGCNConfig.from_dict(options), watch=watch)
 
 
 BASELINES = {
@@ -295,12 +304,12 @@ BASELINES = {
     "rp3beta": Method(fit_rp3beta, dict(n_neighbours=(20, 1000, "log"), alpha=(.2, 1.5, "linear"), beta=(0, 1, "linear"))),
     "gfcf": Method(fit_gfcf, dict(n_dims=(8, 512, "log"), low_pass=(.01, 3, "log"))),
     "ease": Method(fit_ease, dict(reg=(10, 5000, "log"))),
-    "ease+text": Method(fit_text_ease, dict(reg=(10, 5000, "log"), text_weight=(.1, 20, "log")), text=True),
+    "ease+text": Method(fit_text_ease, dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")), text=True),
     "slim": Method(fit_slim, dict(l1=(.01, 10, "log"), l2=(1, 500, "log"))),
     "ials": Method(fit_ials, dict(reg=(.3, 100, "log"), alpha=(1, 50, "log"), epochs=(5, 40, "int"))),
     "bprmf": Method(fit_bprmf, dict(lr=(.01, .3, "log"), reg=(.001, .2, "log"), epochs=(20, 400, "log"))),
     "lightgcn": Method(_lightgcn, dict(lr=(.003, .05, "log"), reg=(1e-4, .05, "log"), n_layers=(1, 4, "int"),
-                                       loss=("bpr", "softmax"), cosine=(False, True), temperature=(.1, 1, "log"))),
+                                       loss=("bpr", "softmax"), cosine=(False, True), temperature=(.1, 1, "log")), config=LightGCNConfig),
 }
 
 # %% ../nbs/10_baselines.ipynb #e3534570
@@ -312,7 +321,7 @@ def fit_baseline(name: str, # One of `BASELINES`
     if name not in BASELINES:
         raise UserError(f"{name!r} is not a baseline: expected one of {', '.join(BASELINES)}.{did_you_mean(name, BASELINES)}")
     method = BASELINES[name]
-    known = [*inspect.signature(method.fit).parameters][1:] if name != "lightgcn" else [*LightGCNConfig.__dataclass_fields__]
+    known = ["watch", *method.config.__dataclass_fields__] if method.config else [*inspect.signature(method.fit).parameters][1:]
     for o in options:
         if o not in known:
             raise UserError(f"{o!r} is not an option of {name}: expected one of {', '.join(known)}.{did_you_mean(o, known)}")

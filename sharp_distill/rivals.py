@@ -45,9 +45,9 @@ class TextLightGCN(LightGCN):
     def layer0(self): return tuple(e + t @ m for e, t, m in zip((self.user, self.item), self.text, self.maps))
 
 # %% ../nbs/10_rivals.ipynb #bf2580ec
-def fit_text_lightgcn(split, reviews, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None) -> Scorer:
+def fit_text_lightgcn(split, reviews, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train LightGCN on ids and review vectors."
-    return fit_peer("lightgcn+text", split, TextLightGCN(split, reviews, cfg, pick_device(cfg.device)), checkpoint=checkpoint)
+    return fit_peer("lightgcn+text", split, TextLightGCN(split, reviews, cfg, pick_device(cfg.device)), checkpoint=checkpoint, watch=watch)
 
 # %% ../nbs/10_rivals.ipynb #85e98de8
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class AlphaRec(LightGCN):
     def rows(self, users, items): return tuple(e[at] for e, at in zip(self.layer0(), (users, items)))
 
 # %% ../nbs/10_rivals.ipynb #9b5c4e4f
-def fit_alpharec(split, reviews, cfg: AlphaRecConfig = AlphaRecConfig(), checkpoint=None) -> Scorer:
+def fit_alpharec(split, reviews, cfg: AlphaRecConfig = AlphaRecConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train AlphaRec on item text alone."
-    return fit_peer("alpharec", split, AlphaRec(split, reviews, cfg, pick_device(cfg.device)), checkpoint=checkpoint)
+    return fit_peer("alpharec", split, AlphaRec(split, reviews, cfg, pick_device(cfg.device)), checkpoint=checkpoint, watch=watch)
 
 # %% ../nbs/10_rivals.ipynb #bb2b2acf
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ def hccf_loss(model, train, users, items, gen):
     return total + cfg.contrast * contrast, dict(parts, contrast=contrast.detach())
 
 # %% ../nbs/10_rivals.ipynb #917bc889
-def fit_hccf(split, cfg: HCCFConfig = HCCFConfig(), checkpoint=None) -> Scorer:
+def fit_hccf(split, cfg: HCCFConfig = HCCFConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train HCCF with early stopping on validation NDCG@10."
-    return fit_peer("hccf", split, HCCF(split.train.to_csr(), cfg, pick_device(cfg.device)), hccf_loss, checkpoint)
+    return fit_peer("hccf", split, HCCF(split.train.to_csr(), cfg, pick_device(cfg.device)), hccf_loss, checkpoint, watch)
 
 # %% ../nbs/10_rivals.ipynb #aba5626b
 class Edges:
@@ -199,9 +199,9 @@ class HGAtt(LightGCN):
         return tuple(t / (self.cfg.n_layers + 1) for t in total)
 
 # %% ../nbs/10_rivals.ipynb #65871b47
-def fit_hgatt(split, cfg: HGAttConfig = HGAttConfig(), checkpoint=None) -> Scorer:
+def fit_hgatt(split, cfg: HGAttConfig = HGAttConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train hypergraph attention with early stopping on validation NDCG@10."
-    return fit_peer("hgatt", split, HGAtt(split.train.to_csr(), cfg, pick_device(cfg.device)), checkpoint=checkpoint)
+    return fit_peer("hgatt", split, HGAtt(split.train.to_csr(), cfg, pick_device(cfg.device)), checkpoint=checkpoint, watch=watch)
 
 # %% ../nbs/10_rivals.ipynb #631f773c
 @dataclass(frozen=True)
@@ -251,13 +251,13 @@ def simrec_loss(model, train, users, items, gen):
 
 # %% ../nbs/10_rivals.ipynb #7d06ed34
 def fit_simrec(split, teacher: Scorer, # With embeddings as wide as the student's
-               cfg: SimRecConfig = SimRecConfig(), checkpoint=None) -> Scorer:
+               cfg: SimRecConfig = SimRecConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train SimRec from a fitted teacher."
     width = None if teacher.user_emb is None else teacher.user_emb.shape[1]
     if width != cfg.emb_dim:
         raise UserError(f"SimRec needs a teacher with embeddings of emb_dim {cfg.emb_dim}; "
                         f"{teacher.name!r} has {width or 'none'}.")
-    return fit_peer("simrec", split, SimRec(split.train.to_csr(), teacher, cfg, pick_device(cfg.device)), simrec_loss, checkpoint)
+    return fit_peer("simrec", split, SimRec(split.train.to_csr(), teacher, cfg, pick_device(cfg.device)), simrec_loss, checkpoint, watch)
 
 # %% ../nbs/10_rivals.ipynb #fb6eea42
 @dataclass(frozen=True)
@@ -314,35 +314,36 @@ def lighthgnn_loss(model, train, users, items, gen):
     return (1 - cfg.kd_weight) * total + cfg.kd_weight * kl, dict(parts, kl=kl.detach())
 
 # %% ../nbs/10_rivals.ipynb #6a6482e8
-def fit_lighthgnn(split, reviews, teacher: Scorer, cfg: LightHGNNConfig = LightHGNNConfig(), checkpoint=None) -> Scorer:
+def fit_lighthgnn(split, reviews, teacher: Scorer, cfg: LightHGNNConfig = LightHGNNConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train the MLP student from a fitted teacher."
     model = LightHGNN(split, reviews, teacher, cfg, pick_device(cfg.device))
-    return fit_peer("lighthgnn", split, model, lighthgnn_loss, checkpoint)
+    return fit_peer("lighthgnn", split, model, lighthgnn_loss, checkpoint, watch)
 
 # %% ../nbs/10_rivals.ipynb #2f99d4f1
-def _with(fit, Config): # A fit function and its options
-    def fitted(split, reviews=None, teacher=None, **options):
+def _method(fit, Config, space, text=False): # A fit function, its options and what is searched
+    "Put a rival behind one signature."
+    def fitted(split, reviews=None, teacher=None, watch=None, **options):
         cfg, given = Config.from_dict(options), []
         if fit in (fit_text_lightgcn, fit_alpharec, fit_lighthgnn): given.append(reviews)
         if fit in (fit_simrec, fit_lighthgnn):
             given.append(teacher or fit_lightgcn(split, LightGCNConfig(emb_dim=cfg.emb_dim, seed=cfg.seed)))
-        return fit(split, *given, cfg)
-    return fitted
+        return fit(split, *given, cfg, watch=watch)
+    return Method(fitted, space, text, Config)
 
 # %% ../nbs/10_rivals.ipynb #96c38b1a
 _RATES = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"))
 RIVALS = {
-    "lightgcn+text": Method(_with(fit_text_lightgcn, LightGCNConfig), dict(
-        _RATES, n_layers=(1, 4, "int"), loss=("bpr", "softmax")), True),
-    "alpharec": Method(_with(fit_alpharec, AlphaRecConfig), dict(
+    "lightgcn+text": _method(fit_text_lightgcn, LightGCNConfig, dict(
+        _RATES, n_layers=(1, 4, "int"), loss=("bpr", "softmax"), cosine=(False, True), temperature=(.1, 1, "log")), True),
+    "alpharec": _method(fit_alpharec, AlphaRecConfig, dict(
         _RATES, n_layers=(1, 3, "int"), temperature=(.05, .5, "log")), True),
-    "hccf": Method(_with(fit_hccf, HCCFConfig), dict(
+    "hccf": _method(fit_hccf, HCCFConfig, dict(
         _RATES, n_layers=(1, 3, "int"), contrast=(1e-5, .01, "log"), n_edges=(1, 128, "log"))),
-    "hgatt": Method(_with(fit_hgatt, HGAttConfig), dict(
+    "hgatt": _method(fit_hgatt, HGAttConfig, dict(
         _RATES, n_layers=(1, 3, "int"), loss=("bpr", "softmax"))),
-    "simrec": Method(_with(fit_simrec, SimRecConfig), dict(
+    "simrec": _method(fit_simrec, SimRecConfig, dict(
         _RATES, kd_weight=(.1, 10, "log"), align_weight=(1e-3, .1, "log"))),
-    "lighthgnn": Method(_with(fit_lighthgnn, LightHGNNConfig), dict(
+    "lighthgnn": _method(fit_lighthgnn, LightHGNNConfig, dict(
         _RATES, kd_weight=(.1, .95, "linear"), kd_temp=(.5, 8, "log")), True),
 }
 
@@ -350,8 +351,9 @@ RIVALS = {
 def fit_rival(name: str, # One of `RIVALS`
               split, reviews=None, # Review embeddings, for those that read text
               teacher: Scorer | None = None, # For the students
+              watch=None, # Called with (validations so far, NDCG@10); may raise to end the training
               **options) -> Scorer:
     "Fit a rival by its name."
     if name not in RIVALS:
         raise UserError(f"{name!r} is not a rival: expected one of {', '.join(RIVALS)}.{did_you_mean(name, RIVALS)}")
-    return RIVALS[name].fit(split, reviews, teacher, **options)
+    return RIVALS[name].fit(split, reviews, teacher, watch, **options)
