@@ -7,7 +7,8 @@ __all__ = ['SPECIAL', 'train_tokenizer', 'cut_windows', 'teacher_words', 'word_s
            'DistillConfig', 'new_student', 'piece_texts', 'distill_loss', 'embed_batch', 'batches_of_like_length',
            'schedule', 'make_optimizer', 'train_step', 'distill_encoder', 'agreement', 'save_encoder', 'AdaptConfig',
            'groups_of', 'co_visited', 'draw_pairs', 'pair_loss', 'random_stretch', 'item_recall', 'keep_out',
-           'freeze_lower', 'adapt_step', 'pair_drawer', 'adapt_encoder']
+           'freeze_lower', 'adapt_step', 'pair_drawer', 'adapt_encoder', 'adapted_encoder', 'text_kernel',
+           'fit_kernel_ease', 'sharpen', 'join_kernels', 'tune_text_ease', 'mean_result']
 
 # %% ../nbs/16_encoder_training.ipynb #2705ae51
 import json
@@ -19,9 +20,12 @@ from pathlib import Path
 import numpy as np
 from dataclasses import dataclass
 
-from .core import Config, UserError, content_sha, option, pick_device, progress, rng, whole_file
-from .encoders import ReviewConfig, clean_text, encode_texts, load_encoder, pool_tokens, quiet_transformers
-from .reviews import pooling_matrix, train_reviews
+from .baselines import item_scorer
+from .core import Config, UserError, cache_dir, content_sha, option, read_json, rng, progress, write_json
+from .encoders import ReviewConfig, encode_texts, encoder_sha, find_encoder, load_encoder, pool_tokens, quiet_transformers
+from .evaluation import EvalResult, evaluate
+from .hypergraphs import ridge_filter
+from .reviews import encode_reviews, item_tfidf, pooling_matrix, train_reviews
 
 # %% ../nbs/16_encoder_training.ipynb #ed4f6079
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
@@ -375,3 +379,72 @@ def adapt_encoder(split, # Only train reviews are read
         train_step(model, optimizer, loss, cfg.lr * schedule(step, cfg.n_steps + 1, cfg.warmup))
     model.load_state_dict(best[1])
     return save_encoder(model, tokenizer, folder), pd.DataFrame(log)
+
+# %% ../nbs/16_encoder_training.ipynb #b7e10a02
+def adapted_encoder(split, base: str = "shipped", # Encoder to start from
+                    cfg: AdaptConfig = AdaptConfig()): # -> folder, log table
+    "Adapt an encoder to a split, or take the one that was adapted before."
+    import pandas as pd
+    name = content_sha(split.sha, encoder_sha(find_encoder(base), ReviewConfig()), cfg.to_dict())
+    folder = cache_dir("adapted", name)
+    if not (folder / "log.json").exists():
+        log = adapt_encoder(split, base, folder, cfg)[1]
+        write_json(folder / "log.json", log.astype(object).where(log.notna(), None).to_dict("list"))
+    return folder, pd.DataFrame(read_json(folder / "log.json"))
+
+# %% ../nbs/16_encoder_training.ipynb #b7e10a05
+def text_kernel(split, encoder: str, # A name for `encode_reviews`, or "tfidf_full": TF-IDF before the SVD
+                cfg: ReviewConfig = ReviewConfig()) -> np.ndarray: # float32 [I, I], mean diagonal 1
+    "Compute how alike the train texts of every two items are."
+    T = item_tfidf(split, cfg) if encoder == "tfidf_full" else encode_reviews(split, encoder, cfg).item
+    K = T @ T.T
+    K = np.asarray(K.toarray() if hasattr(K, "toarray") else K, np.float32)
+    own = K.diagonal()
+    return K / max(own[own > 0].mean() if (own > 0).any() else 1., 1e-12)
+
+
+def fit_kernel_ease(split, kernel, # [I, I]
+                    reg: float, text_weight: float, # lambda; w in units of the mean number of train interactions of an item
+                   ): # A `Scorer`
+    "Fit EASE with a text kernel."
+    R = split.train.to_csr()
+    gram = (R.T @ R).toarray() + np.float32(text_weight * R.nnz / R.shape[1]) * kernel
+    return item_scorer("ease+text", split, ridge_filter(gram, reg), 0., dict(reg=reg, text_weight=text_weight))
+
+# %% ../nbs/16_encoder_training.ipynb #b7e10b01
+def sharpen(kernel, sharpness: float): # [I, I]; 0 leaves the kernel as it is
+    "Let only near texts count, keeping items without text at zero."
+    if not sharpness: return kernel
+    has = kernel.diagonal() > 0
+    return np.exp(np.float32(sharpness) * (kernel - 1)) * np.outer(has, has)
+
+
+def join_kernels(kernels: list, share: float, sharpness: float = 0.): # [I, I]
+    "Sharpen the last kernel, then join two by the share of the second."
+    last = sharpen(kernels[-1], sharpness)
+    return last if len(kernels) == 1 else (1 - share) * kernels[0] + share * last
+
+# %% ../nbs/16_encoder_training.ipynb #b7e10a09
+def tune_text_ease(split, kernels: list, # One [I, I], or two that are joined
+                   grid: dict, # text_weight, sharpness, share, reg -> values to try; the order is the order of choosing
+                  ) -> tuple: # chosen dict; valid NDCG@10; fits made
+    "Choose the options of a text ruler on validation, one at a time, twice round."
+    seen = {}
+    def value(**at):
+        key = tuple(at.values())
+        if key not in seen:
+            scorer = fit_kernel_ease(split, join_kernels(kernels, at["share"], at["sharpness"]), at["reg"], at["text_weight"])
+            seen[key] = evaluate(scorer.score, split, "valid", ks=(10,)).mean("NDCG@10")
+        return seen[key]
+    best = {k: v[len(v) // 2] for k, v in grid.items()}
+    for name in [*grid, *grid]: best[name] = max(grid[name], key=lambda x: value(**{**best, name: x}))
+    return best, value(**best), len(seen)
+
+# %% ../nbs/16_encoder_training.ipynb #b7e10a12
+def mean_result(results: list, # `EvalResult`s of one method on several splits
+                metric: str = "NDCG@10") -> EvalResult:
+    "Average a method's results over splits, user by user."
+    import pandas as pd
+    each = pd.concat([pd.Series(r.values(metric), r.user_idx) for r in results], axis=1).mean(axis=1).sort_index()
+    return EvalResult(each.index.to_numpy(), np.empty((len(each), 0), np.int64), {metric: each.to_numpy()},
+                      results[0].part, content_sha([r.split_sha for r in results]), results[0].name)

@@ -41,7 +41,7 @@ class ReviewConfig(Config):
     max_chunks: int = option(4, "chunks read of one review", 1)
     attention: str = option("as_trained", "disentangled attention", choices=(
         "as_trained", "full", "content_only", "position_only", "content_to_position", "position_to_content"))
-    finish: str = option("center", "what is done to neural review vectors", choices=("none", "center", "whiten"))
+    finish: str = option("within", "what is done to neural review vectors", choices=("none", "center", "whiten", "within"))
     fusion_weight: float = option(.5, "a+b: the share of b", 0., 1.)
     batch_tokens: int = option(4096, "tokens in one batch, padding included", 64)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -209,7 +209,7 @@ def load_encoder(name: str, # "shipped", a folder, or a hub name
     from transformers import AutoTokenizer
     folder = find_encoder(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with quiet_transformers(): tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = _load_model(folder, attention)
     except UserError: raise
     except Exception as e:

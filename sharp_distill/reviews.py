@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ReviewEmbeddings', 'ReviewTexts', 'train_reviews', 'pooling_matrix', 'review_weights', 'count_words', 'sum_rows',
-           'kept_words', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'reduce_rows', 'finish_vectors', 'pool_reviews',
-           'encode_neural', 'fuse', 'shuffle_rows', 'encode_reviews']
+           'kept_words', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'reduce_rows', 'spread_of', 'between_items',
+           'finish_vectors', 'pool_reviews', 'encode_neural', 'fuse', 'shuffle_rows', 'encode_reviews']
 
 # %% ../nbs/05_reviews.ipynb #160d8b34
 from dataclasses import dataclass
@@ -139,20 +139,38 @@ def reduce_rows(users, items, cfg: ReviewConfig) -> tuple: # float32 [U, n_dims]
     return tuple(out)
 
 # %% ../nbs/05_reviews.ipynb #f7b2de24
-def finish_vectors(vectors, # float [n, d]
-                   how: str, # "none", "center" or "whiten"
-                   block: int = 65_536) -> tuple: # mean float32 [d], map float32 [d, d] or None
+def spread_of(vectors, weight, mean, block: int = 65_536) -> np.ndarray: # float64 [d, d]
+    "Compute the covariance of weighted vectors, block by block."
+    cov = np.zeros((len(mean), len(mean)))
+    for s in range(0, len(vectors), block):
+        c = np.asarray(vectors[s:s + block], np.float32) - mean
+        cov += c.T @ (c * weight[s:s + block, None])
+    return cov
+
+
+def between_items(vectors, column, item_idx, mean) -> np.ndarray: # float64 [d, d]
+    "Compute the covariance of the items' mean vectors, each weighted by its reviews."
+    n = np.bincount(item_idx)
+    rows = pooling_matrix(item_idx, len(n), None, column, len(vectors)) @ np.asarray(vectors, np.float32) - mean
+    return rows.T @ (rows * (n / n.sum())[:, None].astype(np.float32))
+
+# %% ../nbs/05_reviews.ipynb #a4f0c1d2
+def finish_vectors(vectors, # float [n, d], distinct
+                   column, # int [r]: the vector of each review
+                   item_idx, # int [r]: the item of each review
+                   how: str) -> tuple: # mean float32 [d], map float32 [d, d] or None
     "Fit what is done to review vectors before pooling."
     d = vectors.shape[1]
-    if how == "none" or not len(vectors): return np.zeros(d, np.float32), None
-    blocks = [slice(s, s + block) for s in range(0, len(vectors), block)]
-    mean = sum(np.asarray(vectors[b], np.float64).sum(0) for b in blocks) / len(vectors)
-    if how == "center": return mean.astype(np.float32), None
-    cov = sum((c := np.asarray(vectors[b], np.float64) - mean).T @ c for b in blocks) / len(vectors)
+    if how == "none" or not len(column): return np.zeros(d, np.float32), None
+    weight = (np.bincount(column, minlength=len(vectors)) / len(column)).astype(np.float32)
+    mean = weight @ np.asarray(vectors, np.float32)
+    if how == "center": return mean, None
+    cov = spread_of(vectors, weight, mean)
+    if how == "within": cov = cov - between_items(vectors, column, item_idx, mean)
     values, axes = np.linalg.eigh(cov)
-    return mean.astype(np.float32), (axes / np.sqrt(values + .05 * values.mean() + 1e-9)).astype(np.float32)
+    return mean, (axes / np.sqrt(np.maximum(values, 0) + .1 * values.mean() + 1e-9)).astype(np.float32)
 
-
+# %% ../nbs/05_reviews.ipynb #a4f0c1d3
 def pool_reviews(vectors, column, row_idx, n_rows: int, weight, mean, turn) -> np.ndarray: # float32 [n_rows, d], unit or zero rows
     "Average finished review vectors into rows of unit length."
     M = pooling_matrix(row_idx, n_rows, weight, column, len(vectors))
@@ -169,7 +187,7 @@ def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d
         return encode_texts(block, *loaded[0], cfg)
     if not len(texts): return tuple(np.zeros((n, hidden_size(folder)), np.float32) for n in (texts.n_users, texts.n_items))
     vectors, column = cached_vectors(cache_dir("reviews", encoder_sha(folder, cfg)), texts.text, encode)
-    mean, turn = finish_vectors(vectors, cfg.finish)
+    mean, turn = finish_vectors(vectors, column, texts.item_idx, cfg.finish)
     return tuple(pool_reviews(vectors, column, row, n, review_weights(texts, row, cfg), mean, turn)
                  for row, n in ((texts.user_idx, texts.n_users), (texts.item_idx, texts.n_items)))
 

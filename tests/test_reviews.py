@@ -49,7 +49,7 @@ def test_poisoned_validation_and_test_reviews_change_nothing(encoder, tiny):
     assert encoder == "none" or not np.array_equal(clean.item, moved.item)
 
 
-@pytest.mark.parametrize("finish", ["none", "center", "whiten"])
+@pytest.mark.parametrize("finish", ["none", "center", "whiten", "within"])
 @pytest.mark.parametrize("pooling", ["mean", "recency", "length"])
 def test_rows_without_text_are_zero_and_nothing_is_nan(finish, pooling, tiny):
     split = make()
