@@ -96,7 +96,7 @@ _STATES = (teacher, student, distillation, training) # modules whose dataclasses
 
 
 def _put(arrays, a): # numpy or torch -> its key
-    arrays[str(len(arrays))] = torch.as_tensor(np.array(a)).contiguous()
+    arrays[str(len(arrays))] = (a.clone() if torch.is_tensor(a) else torch.as_tensor(np.array(a))).contiguous()
     return str(len(arrays) - 1)
 
 

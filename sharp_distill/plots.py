@@ -179,7 +179,7 @@ def plot_differences(df, # variant, mean, low, high in percent of the reference,
         ax.text((min(m, low) if left else max(m, high)) + (-.02 if left else .02) * reach, y, _say(m, s), va="center", ha="right" if left else "left", fontsize=8)
     ax.axvline(0, color="#000000", lw=1)
     low, high = min(ends.min(), 0), max(ends.max(), 0)
-    ax.set(xlabel=f"change of {metric}, %", xlim=(low - (.34 if low < -.01 * reach else .04) * reach, high + (.34 if high > .01 * reach else .04) * reach), title=f"What changes against: {reference}?")
+    ax.set(xlabel=f"change of {metric}, %", xlim=(low - (.5 if low < -.01 * reach else .04) * reach, high + (.5 if high > .01 * reach else .04) * reach), title=f"What changes against: {reference}?")
     return ax
 
 # %% ../nbs/13_plots.ipynb #68ebac43
