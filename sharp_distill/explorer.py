@@ -159,7 +159,7 @@ def esc(x) -> str: # Text that is safe between tags and inside quotes
 
 STYLE = """<style>
 .sd {font: 13px/1.45 sans-serif; color: inherit} .sd table {border-collapse: collapse; width: 100%; display: table}
-.sd th, .sd td {text-align: left; vertical-align: top; padding: 3px 9px; border: 0; border-bottom: 1px solid #8884; background: transparent; white-space: normal}
+.sd table th, .sd table td {text-align: left !important; vertical-align: top; padding: 3px 9px; border: 0; border-bottom: 1px solid #8884; background: transparent; white-space: normal}
 .sd .hit {background: #009E7333; border-left: 4px solid #009E73} .sd .dots {color: #0072B2; letter-spacing: 1px; white-space: nowrap}
 .sd .new {background: #E69F0033} .sd .quiet {opacity: .7; font-size: 12px} .sd mark {background: #F0E44299; color: inherit}
 .sd .scroll {max-height: 260px; overflow: auto} .sd svg {max-width: 100%; height: auto}
@@ -334,6 +334,7 @@ def user_panel(ex: Explorer, k: int = 10):
         tops = side_by_side(ex, who.value, k)
         past.value, lists.value = history_html(history(ex, who.value)), lists_html(tops)
         offer.options = [(str(r.title), r.item_idx) for r in tops[tops.model == "student"].itertuples()]
+        if offer.index is None: offer.index = 0
     _listen(filter_users, search); _listen(show, who); _listen(explain, offer)
     return _box(w.HBox([search, who]), past, lists, offer, why)
 
