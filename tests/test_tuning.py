@@ -1,0 +1,150 @@
+"""Boards: one budget, searches that resume, nothing of test in a choice, rows that can be fitted again."""
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sharp_distill import tuning
+from sharp_distill.core import UserError
+from sharp_distill.data import make_sample
+from sharp_distill.reviews import encode_reviews
+from sharp_distill.split import make_split
+from sharp_distill.tuning import (BOARD, BoardData, Budget, Entry, board_frame, board_name, chosen, finished, first_setting, missing_seeds,
+                                  put_rows, read_board, refit_row, run_board, stratum_frame, tune, verdicts)
+
+BUDGET = Budget(n_trials=5, tune_s=600., n_seeds=2)
+MODELS = ["popularity", "ease", "ease+tfidf", "ials", "student_no_kd"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("SHARP_DISTILL_QUIET", "1")
+        m.setenv("SHARP_DISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data():
+    split = make_split(make_sample(seed=1, n_users=150), seed=0)
+    return BoardData("small", split, encode_reviews(split, "tfidf"), "tfidf")
+
+
+@pytest.fixture(scope="module")
+def board(data, tmp_path_factory):
+    pytest.importorskip("implicit")
+    folder = tmp_path_factory.mktemp("leaderboard")
+    return folder, run_board(data, MODELS, BUDGET.replace(n_trials=2), folder)
+
+
+@pytest.mark.parametrize("name", list(BOARD))
+def test_first_setting_is_in_the_space(name):
+    entry = BOARD[name]
+    assert set(entry.space) == set(entry.defaults)
+    for option, value in first_setting(entry).items():
+        s = entry.space[option]
+        assert value in s if tuning._scale(s) == "choice" else s[0] <= value <= s[1]
+        assert type(value) is type(entry.defaults[option]) or tuning._scale(s) == "choice"
+
+
+def test_interrupted_search_is_the_same_search(data, tmp_path):
+    whole = tune("itemknn", data, BUDGET, tmp_path / "a")
+    for n in (1, 3, 5): parts = tune("itemknn", data, BUDGET.replace(n_trials=n), tmp_path / "b")
+    assert [(t.params, t.value) for t in finished(whole)] == [(t.params, t.value) for t in finished(parts)]
+    assert finished(whole)[0].params == first_setting(BOARD["itemknn"])
+
+
+def test_budget_is_what_the_file_says(data, tmp_path):
+    assert len(finished(tune("rp3beta", data, BUDGET.replace(tune_s=0.), tmp_path))) == 1
+    assert len(finished(tune("rp3beta", data, BUDGET, tmp_path))) == 5 == len(finished(tune("rp3beta", data, BUDGET, tmp_path)))
+
+
+def test_choice_never_reads_test(data, tmp_path):
+    other = BoardData("blind", replace(data.split, test=data.split.valid), data.reviews, "tfidf")
+    a, b = (tune("ease", d, BUDGET, tmp_path / d.name) for d in (data, other))
+    assert [t.value for t in finished(a)] == [t.value for t in finished(b)]
+
+
+def test_weak_trainings_are_cut_and_failures_count(data, tmp_path, monkeypatch):
+    def fit(d, options, seed, watch):
+        for epoch in range(6): watch(epoch, -abs(options["x"]))
+        if options["x"] > .9: raise UserError("the loss became inf")
+        return BOARD["popularity"].fit(d, {}, seed, None)
+    monkeypatch.setitem(BOARD, "planted", Entry(fit, dict(x=(0., 1., "linear")), dict(x=.5)))
+    states = [t.state.name for t in finished(tune("planted", data, BUDGET.replace(n_trials=14), tmp_path))]
+    assert len(states) == 14 and "PRUNED" not in states[:3] and "PRUNED" in states[3:]
+
+
+def test_rows_say_all_and_can_be_fitted_again(data, board):
+    folder, rows = board
+    assert json.loads((folder / "small.json").read_text()) == rows
+    for row in rows:
+        assert set(row) == {"model", "seed", "config", "n_params", "bytes", "train_s", "metrics", "strata"}
+        assert {f"{m}@{k}" for m in ("P", "R", "NDCG", "HR") for k in (5, 10, 20)} | {"coverage@10", "gini@10"} <= set(row["metrics"])
+        assert set(row["strata"]) == {"user", "item"}
+    row = next(r for r in rows if r["model"] == "student_no_kd" and r["seed"] == 1)
+    assert refit_row(data, row)["metrics"] == row["metrics"]
+
+
+def test_a_finished_board_is_not_fitted_again(data, board, monkeypatch):
+    folder, rows = board
+    monkeypatch.setattr(tuning, "board_row", lambda *a: pytest.fail("fitted again"))
+    assert run_board(data, MODELS, BUDGET.replace(n_trials=2), folder) == rows
+    row = next(r for r in rows if r["model"] == "ease")
+    assert missing_seeds(rows, "ease", row["config"], BUDGET) == [] and missing_seeds(rows, "ease", {"reg": 1.}, BUDGET) == [0]
+
+
+def test_tests_are_paired_and_corrected(data, board):
+    folder, rows = board
+    tests = tuning.board_tests(data, rows, "student_no_kd")
+    assert {t["model"] for t in tests} == set(MODELS) - {"student_no_kd"}
+    mean = board_frame(rows)["mean"]
+    for t in tests:
+        assert t["p"] <= t["p_holm"] <= min(1, len(tests) * t["p"]) + 1e-12
+        assert np.isclose(t["diff"], mean["student_no_kd"] - mean[t["model"]])
+    facts = json.loads((folder / "small.tests.json").read_text())
+    assert set(facts["searches"]) == set(MODELS) and facts["split"]["sha"] == data.split.sha
+
+
+def test_verdicts_on_planted_means():
+    row = lambda m, v: dict(model=m, seed=0, config={}, n_params=1, bytes=1, train_s=1., metrics={"NDCG@10": v},
+                            strata={"item": {"1-2": {"NDCG@10": v}}, "user": {}})
+    rows = [row("ease", .08), row("ease+tfidf", .1), row("teacher", .104), row("student", .103), row("student_no_kd", .09)]
+    table = verdicts(rows)
+    assert list(table["against"][:4]) == ["ease+tfidf", "ease+tfidf", "teacher", "student_no_kd"]
+    assert list(table["holds"]) == [False, True, True, True, True] and np.isclose(table["ratio"].iloc[0], 1.04)
+    assert stratum_frame(rows).loc["ease", "1-2"] == .08
+
+
+def test_put_rows_replaces_and_orders(tmp_path):
+    row = lambda m, s, v: dict(model=m, seed=s, value=v)
+    put_rows(tmp_path, "b", [row("ease", 0, 1), row("popularity", 0, 1)])
+    rows = put_rows(tmp_path, "b", [row("ease", 0, 2), row("ials", 1, 3)])
+    assert [(r["model"], r["value"]) for r in rows] == [("popularity", 1), ("ease", 2), ("ials", 3)] and read_board(tmp_path, "b") == rows
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda d, f: run_board(d, ["eese"], BUDGET, f), "Did you mean 'ease'"), (lambda d, f: read_board(f, "nothing"), "none yet"),
+    (lambda d, f: stratum_frame([], "brand"), "'user' or 'item'"), (lambda d, f: Budget(n_trials=0), "expected 1 or more")])
+def test_mistakes_are_one_line(data, tmp_path, call, words):
+    with pytest.raises(UserError, match=words) as e: call(data, tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_names(): assert board_name("a/b/steam.parquet") == "steam" and board_name("steam", "temporal") == "steam.temporal"
+
+
+@pytest.mark.parametrize("path", sorted((tuning.Path(__file__).parent.parent / "outputs/leaderboard").glob("*.json")), ids=lambda p: p.stem)
+def test_committed_boards_are_possible(path):
+    content = json.loads(path.read_text())
+    if path.stem.endswith(".tests"):
+        assert all(t["p"] <= t["p_holm"] <= 1 for t in content["tests"]) and content["metric"] == "NDCG@10"
+        return
+    if not isinstance(content, list): return
+    assert len({(r["model"], r["seed"]) for r in content}) == len(content)
+    for r in content:
+        m = r["metrics"]
+        assert all(0 <= m[f"{n}@{k}"] <= 1 for n in ("P", "R", "NDCG", "HR") for k in (5, 10, 20))
+        for n in ("R", "HR"): assert m[f"{n}@5"] <= m[f"{n}@10"] <= m[f"{n}@20"]
+        for k in (5, 10, 20): assert m[f"HR@{k}"] <= k * m[f"P@{k}"] + 1e-9 # at least one hit costs at least 1/k of precision
