@@ -343,4 +343,4 @@ def write_board(name: str, # "ablation", ...
 def read_boards(name: str, output_dir) -> dict: # label -> board, its tables as frames
     "Read every stored board of a study; of other formats nothing is taken."
     boards = {p.stem: read_json(p) for p in sorted((Path(output_dir) / name).glob("*.json"))}
-    return {label: b | dict(tables={t: pd.DataFrame(rows) for t, rows in b["tables"].items()}) for label, b in boards.items() if b.get("format") == 1}
+    return {label: b | dict(tables={t: pd.DataFrame(rows).where(lambda d: d.notna(), np.nan).infer_objects() for t, rows in b["tables"].items()}) for label, b in boards.items() if b.get("format") == 1}
