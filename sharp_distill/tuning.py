@@ -538,10 +538,11 @@ def plot_groups(df, # From `stratum_frame`, the models to compare
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(6.5, 3.2), layout="constrained")[1]
     ends = df.iloc[:, -1].sort_values()
-    gap, at = .06 * np.nanmax(df.to_numpy(float)), -np.inf
-    for m, end in ends.items():
+    gap = .06 * np.nanmax(df.to_numpy(float))
+    places = np.maximum.accumulate(ends.to_numpy() - gap * np.arange(len(ends))) + gap * np.arange(len(ends)) # labels do not overlap
+    places -= (places - ends.to_numpy()).mean()
+    for (m, end), at in zip(ends.items(), places):
         ax.plot(range(len(df.columns)), df.loc[m], color=_style(m)[0], marker="o", ms=4, lw=1.4)
-        at = max(end, at + gap)
         ax.annotate(m, (len(df.columns) - 1, end), xytext=(len(df.columns) - .9, at), fontsize=8, color=_style(m)[0], va="center")
     ax.set_xticks(range(len(df.columns)), df.columns)
     ax.set(xlim=(-.2, len(df.columns) - .1), ylim=(0, None), xlabel=f"train interactions of the {by}", ylabel="test NDCG@10",
