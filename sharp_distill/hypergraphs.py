@@ -115,7 +115,7 @@ class SparseOp:
 
     @property
     def T(self): return SparseOp(self.A_t, self.A)
-    def __matmul__(self, x): return _SparseProduct.apply(self.A, self.A_t, x)
+    def __matmul__(self, x): return _SparseProduct.apply(self.A, self.A_t, x.to(self.A.dtype)) # sparse products know no half precision
 
 # %% ../nbs/04_hypergraphs.ipynb #78a5014e
 def normalised_adjacency(train: sp.spmatrix, # [U, I] train interactions
