@@ -97,7 +97,7 @@ class _SparseProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, A, A_t, x):
         ctx.A_t = A_t
-        return A @ x
+        with torch.autocast(x.device.type, enabled=False): return A @ x # sparse products know no half precision
     @staticmethod
     def backward(ctx, g): return None, None, ctx.A_t @ g.contiguous()
 
@@ -115,7 +115,7 @@ class SparseOp:
 
     @property
     def T(self): return SparseOp(self.A_t, self.A)
-    def __matmul__(self, x): return _SparseProduct.apply(self.A, self.A_t, x.to(self.A.dtype)) # sparse products know no half precision
+    def __matmul__(self, x): return _SparseProduct.apply(self.A, self.A_t, x.to(self.A.dtype))
 
 # %% ../nbs/04_hypergraphs.ipynb #78a5014e
 def normalised_adjacency(train: sp.spmatrix, # [U, I] train interactions
