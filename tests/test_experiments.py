@@ -29,7 +29,7 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def grid(): return [make_job(QUICK, Change("full", **SMALL)), make_job(QUICK, Change("other", student=dict(contrast="none"), **SMALL))]
+def grid(): return [make_job(QUICK, Change("full", **SMALL)), make_job(QUICK, Change("other", student=dict(contrast="corrected"), **SMALL))]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def child(job, out): # A run's process, as the launcher starts it
 
 
 def test_killed_in_the_middle_continues(tmp_path):
-    job = make_job(QUICK.replace(student_epochs=300, student_lr=1e-5), Change("long", student=dict(patience=300), **SMALL))
+    job = make_job(QUICK.replace(student_epochs=60, student_lr=1e-5), Change("long", student=dict(patience=60), **SMALL))
     process, checkpoint = child(job, tmp_path), job_folder(job, tmp_path) / "student.safetensors"
     until = time.time() + 90
     while not checkpoint.exists() and process.poll() is None and time.time() < until: time.sleep(.05)
@@ -109,10 +109,10 @@ def test_the_same_grid_on_a_cluster(done, grid, tmp_path):
         assert here == there
 
 
-def test_bad_launches():
+def test_bad_launches(tmp_path):
     for bad, word in ((dict(workers=0), "workers is 0"), (dict(time_limit_s=-1), "time_limit_s is -1")):
         with pytest.raises(UserError, match=word): LaunchConfig(**bad)
-    with pytest.raises(UserError, match="no dask scheduler answers"): launch([make_job(QUICK)], LaunchConfig(cluster="nonsense", output_dir="."))
+    with pytest.raises(UserError, match="no dask scheduler answers"): launch([make_job(QUICK)], LaunchConfig(cluster="nonsense", output_dir=str(tmp_path)))
     with pytest.raises(UserError, match="nothing can be written"): launch([make_job(QUICK)], LaunchConfig(output_dir="/dev/null/x"))
 
 

@@ -36,8 +36,10 @@ def teacher(split): return fit_lightgcn(split, LightGCNConfig(epochs=8))
 @pytest.mark.parametrize("name", list(RIVALS))
 def test_every_rival_beats_popularity_and_repeats(split, reviews, teacher, name):
     base = evaluate(fit_baseline("popularity", split), split).mean("NDCG@10")
-    a, b = (fit_rival(name, split, reviews, teacher, epochs=25, patience=25) for _ in range(2))
-    assert np.array_equal(a.item_emb, b.item_emb) and evaluate(a, split).mean("NDCG@10") > 1.1 * base
+    a, b = (fit_rival(name, split, reviews, teacher, epochs=2) for _ in range(2))
+    assert np.array_equal(a.item_emb, b.item_emb)
+    a = fit_rival(name, split, reviews, teacher, epochs=25, patience=25)
+    assert evaluate(a, split).mean("NDCG@10") > 1.1 * base
     assert set(RIVALS[name].space) <= set(a.config)
 
 
