@@ -66,4 +66,5 @@ def test_a_run_from_the_shell(tmp_path):
 def test_mistakes(app, tmp_path):
     assert SHELL.invoke(app, ["ablation", "--componnet", "deberta"]).exit_code == 2 and SHELL.invoke(app, ["run", "--epochs", "many"]).exit_code == 2
     done = shell("sensitivity", "--param", "temprature", "--output-dir", str(tmp_path))
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-2].startswith("sharp_distill: param is 'temprature'") and "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("sharp_distill: ")] # a dying kernel may add noise of its own
+    assert done.returncode == 1 and len(said) == 1 and said[0].startswith("sharp_distill: param is 'temprature'") and "PapermillExecutionError" not in done.stderr
