@@ -112,7 +112,7 @@ def fit_tuned_ease(split) -> Scorer | None: # None where the catalogue is too la
 def fit_tuned_text_ease(split, reviews) -> Scorer | None:
     "Fit EASE with text, ridge and text weight chosen on validation by the search the teacher's filter uses."
     if split.n_items > EASE_MAX_ITEMS: return None
-    with Stopwatch() as t: B, _, options = fit_filter(split, reviews, edge_powers=(0.,))
+    with Stopwatch() as t: B, _, options = fit_filter(split, reviews, edge_power=0.)
     return item_scorer("text_ease", split, B, t.s, options)
 
 # %% ../nbs/14_experiment.ipynb #8b416c32

@@ -70,7 +70,8 @@ def component_changes(cfg: RunConfig) -> dict: # component -> list of Change
         "deberta": [Change("no review text", run=dict(encoder="none")), Change("reviews dealt to others", run=dict(encoder="shuffled"))],
         "contrastive_learning": [Change("no alignment in the teacher", teacher=dict(align_weight=0., intra_weight=0.)), *contrast],
         "positional_encoding": [of_student("contrast without positions", contrast="corrected", alpha=1.), of_student("contrast by positions alone", contrast="corrected", alpha=0.)],
-        "hypergraph": [Change("no hypergraph steps", teacher=dict(n_layers=0, bridge=False)), Change("no hypergraph filter", teacher=dict(item_filter="none"))],
+        "hypergraph": [Change("no hypergraph steps", teacher=dict(n_layers=0, bridge=False)), Change("no hypergraph filter", teacher=dict(item_filter="none")),
+                       Change("no sessions", teacher=dict(session_weight=0.))],
         "interpolation": mixing,
         "soft_labels": [of_student("no soft labels", soft_labels="none"), *([of_student("soft and hard labels, half each", kd_weight=.5)] if base.kd_weight == 1 else [])],
     }
