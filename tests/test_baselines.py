@@ -8,21 +8,13 @@ import torch
 from sharp_distill.baselines import (BASELINES, LightGCN, LightGCNConfig, fit_baseline, fit_ease, fit_gfcf, fit_itemknn, fit_lightgcn,
                                      fit_rp3beta, fit_slim, fit_text_ease, item_graph)
 from sharp_distill.core import UserError
-from sharp_distill.data import from_frame, make_sample
+from sharp_distill.data import from_frame
 from sharp_distill.evaluation import evaluate
 from sharp_distill.reviews import item_tfidf
 from sharp_distill.split import make_split
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("SHARP_DISTILL_QUIET", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def split(): return make_split(make_sample(seed=2, n_users=500), seed=0)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def with_implicit(): return pytest.importorskip("implicit")

@@ -7,22 +7,12 @@ import torch
 
 from sharp_distill.baselines import LightGCN, LightGCNConfig, fit_baseline, fit_lightgcn
 from sharp_distill.core import UserError
-from sharp_distill.data import make_sample
 from sharp_distill.evaluation import evaluate
 from sharp_distill.reviews import encode_reviews
 from sharp_distill.rivals import RIVALS, Edges, HGAtt, HGAttConfig, TextLightGCN, _EdgeSum, fit_rival
-from sharp_distill.split import make_split
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("SHARP_DISTILL_QUIET", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def split(): return make_split(make_sample(seed=2, n_users=500), seed=0)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")
