@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUSION_GRID', 'FILTER_GRID', 'EDGE_POWER', 'smooth', 'HGNN', 'TeacherConfig', 'Teacher', 'FusionMLP', 'info_nce',
            'contrastive_terms', 'teacher_loss', 'TeacherState', 'standardise', 'hgnn_scores', 'teacher_scores',
-           'item_text', 'weighted_gram', 'climb', 'fit_filter', 'train_teacher', 'teacher_scorer']
+           'item_text', 'weighted_gram', 'climb', 'fit_filter', 'teacher_sessions', 'train_teacher', 'teacher_scorer']
 
 # %% ../nbs/07_teacher.ipynb #5ffd504b
 from dataclasses import dataclass, field, replace
@@ -282,7 +282,8 @@ def _wants_filter(cfg: TeacherConfig, n_items: int) -> bool:
     return cfg.item_filter != "none" and n_items <= cfg.filter_max_items
 
 
-def _sessions(split, cfg: TeacherConfig): # [I, S], or None where there are none
+def teacher_sessions(split, cfg: TeacherConfig = TeacherConfig()): # csr [I, S], or None where there are none
+    "Return the session hyperedges that a teacher reads: those of train rows with a time."
     if not cfg.session_weight: return None
     H = session_hyperedges(split.train, cfg.session_days)
     return H if H.shape[1] else None
@@ -297,7 +298,7 @@ def train_teacher(split, reviews, # Of the same split
         raise UserError(f"reviews are of split {reviews.split_sha}, the split is {split.sha}: encode the reviews of this split.")
     device, train = pick_device(cfg.device), split.train.to_csr()
     wants_filter = _wants_filter(cfg, train.shape[1])
-    sessions = _sessions(split, cfg)
+    sessions = teacher_sessions(split, cfg)
     model = Teacher(train, reviews, cfg, device, sessions)
     state = lambda **kw: _freeze(model, train, split, reviews, **kw)
     validate = lambda: evaluate(lambda u, s=state(): hgnn_scores(s, u), split, "valid", ks=(10,)).mean("NDCG@10")

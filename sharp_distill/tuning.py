@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .baselines import BASELINES, fit_baseline
+from .baselines import BASELINES, fit_baseline, item_scorer
 from .core import (Config, Stopwatch, UserError, cache_dir, content_sha, did_you_mean, machine, option, read_json,
                                 versions, write_json)
 from .data import load_interactions
@@ -31,7 +31,7 @@ from .reviews import ReviewEmbeddings, encode_reviews, item_tfidf
 from .rivals import RIVALS, fit_rival
 from .split import PROTOCOLS, Split, make_split
 from .student import student_scorer
-from .teacher import TeacherConfig, teacher_scorer, train_teacher
+from .teacher import TeacherConfig, fit_filter, teacher_scorer, teacher_sessions, train_teacher
 
 # %% ../nbs/10_tuning.ipynb #1359621a
 @dataclass(frozen=True)
@@ -145,6 +145,12 @@ def _teacher(space: dict) -> Entry:
     defaults = {o: getattr(TeacherConfig(**TEACHER), o) for o in space}
     return Entry(fit, space, defaults, True, "ours")
 
+# %% ../nbs/10_tuning.ipynb #2f2d5a68
+def _fit_filter(data, options, seed, watch):
+    "Fit the teacher's filter alone: users, sessions and words as hyperedges, no network."
+    with Stopwatch() as t: B, _, found = fit_filter(data.split, data.reviews, sessions=teacher_sessions(data.split))
+    return item_scorer("filter", data.split, B, t.s, found)
+
 # %% ../nbs/10_tuning.ipynb #fa69951e
 def _student(name: str, space: dict, **fixed) -> Entry: # `fixed`: options of the controls, which no teacher sees
     "Put the student or one of its controls on the board."
@@ -162,6 +168,7 @@ BOARD = {
     **{n: _rival(n) for n in RIVALS},
     "student_id": _student("student_id", dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), use_text=False, **UNTAUGHT),
     "student_no_kd": _student("student_no_kd", dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), **UNTAUGHT),
+    "filter": Entry(_fit_filter, {}, {}, False, "ours"),
     "teacher": _teacher(dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"))),
     "student": _student("student", dict(lr=(.003, .05, "log"), emphasis=(1., 2.5, "linear"), init_ridge=(.003, .3, "log"))),
 }
