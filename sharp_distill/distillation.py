@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'DistillConfig', 'soft_label_loss', 'SoftTargets', 'user_blocks', 'soft_targets', 'temperature', 'mix_gamma',
            'literal_contrast', 'similarity_transfer', 'spectral_targets', 'softmax_scale', 'ridge_map', 'fit_messages',
-           'StudentModule', 'start_spectral', 'Lessons', 'gather_lessons', 'distill_loss', 'freeze_student',
+           'StudentModule', 'start_spectral', 'Lessons', 'gather_lessons', 'distill_loss', 'fidelity', 'freeze_student',
            'draw_items', 'distill']
 
 # %% ../nbs/09_distillation.ipynb #5eec0208
@@ -19,7 +19,7 @@ from scipy.sparse.linalg import lsmr
 from torch import nn
 
 from .core import Stopwatch, UserError, option, pick_device, rng, torch_rng
-from .evaluation import evaluate
+from .evaluation import evaluate, recommend_topk
 from .hypergraphs import SparseOp, build_hypergraphs, position_features, student_edges
 from .student import StudentConfig, StudentState, compact_gcn, mlp_head, student_scores
 from .teacher import TeacherState, hgnn_scores, standardise, teacher_scores
@@ -29,18 +29,19 @@ from .training import TrainConfig, fit, l2_penalty, mask_seen, ranking_loss, sam
 @dataclass(frozen=True)
 class DistillConfig(StudentConfig, TrainConfig):
     "Options of the student and of what it is taught."
-    lr: float = option(.015, "Adam learning rate", lo=0.)
+    lr: float = option(.03, "Adam learning rate", lo=0.)
     lr_schedule: str = option("cosine", "cosine: falls to 0 along half a wave over the epochs", choices=("constant", "cosine"))
     batch_size: int = option(512, "users a step (train interactions where there is no teacher)", lo=1)
-    epochs: int = option(16, "most passes over the users", lo=0)
+    epochs: int = option(60, "most passes over the users", lo=0)
+    chosen_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, or validation NDCG@10", choices=("fidelity", "validation"))
     reg: float = option(0., "L2 weight on the rows of a batch", lo=0.)
     init: str = option("spectral", "where the student starts", choices=("spectral", "random"))
     emphasis: float = option(1.5, "power of the standardised scores before the spectral summary; above 1 the best items count more", lo=.5, hi=4.)
     init_ridge: float = option(.03, "ridge of the spectral start", lo=0.)
     soft_labels: str = option("corrected", "soft labels from the teacher", choices=("corrected", "literal", "none"))
     kd_weight: float = option(1., "share of soft labels beside hard ones (beta of eq. 15)", lo=0., hi=1.)
-    t_max: float = option(.7, "temperature in the first epoch", lo=.01)
-    t_min: float = option(.7, "temperature at the end of the annealing", lo=.01)
+    t_max: float = option(1., "temperature in the first epoch", lo=.01)
+    t_min: float = option(.4, "temperature at the end of the annealing", lo=.01)
     n_top: int = option(100, "teacher's best items a user", lo=1)
     gamma_start: float = option(1., "share of the student in the interpolation at first; reaches 1", lo=0., hi=1.)
     anneal_share: float = option(.5, "share of the epochs over which temperature and gamma move", lo=.01, hi=1.)
@@ -273,6 +274,19 @@ def distill_loss(model: StudentModule, lessons: Lessons | None, train, users, it
     total = (1 - kd) * hard + kd * soft + cfg.user_weight * sides[0] + cfg.item_weight * sides[1] + cfg.reg * l2_penalty(z[0][users], z[1][items])
     return total, dict(hard=hard, soft=soft, user=sides[0], item=sides[1])
 
+# %% ../nbs/09_distillation.ipynb #39e1c906
+def fidelity(score, # user_idx -> [B, I]
+             targets: SoftTargets, train: sp.csr_matrix, # [U, I], left out of both lists
+             k: int = 10, most: int = 4000, # Users asked at most, evenly spread
+            ) -> float: # 0 to 1
+    "Return the share of the teacher's first `k` unseen items that a model puts among its own first `k`."
+    some = np.flatnonzero(np.isfinite(targets.scores).any(1) & (np.diff(train.indptr) > 0))
+    users = some[np.linspace(0, len(some) - 1, min(most, len(some))).astype(np.int64)]
+    best = np.argsort(-targets.scores[users], 1)[:, :k]
+    wanted = np.where(np.isfinite(np.take_along_axis(targets.scores[users], best, 1)), np.take_along_axis(targets.items[users], best, 1), -1)
+    shown = recommend_topk(score, users, train, wanted.shape[1])
+    return float((shown[:, :, None] == wanted[:, None]).any(1)[wanted >= 0].mean())
+
 # %% ../nbs/09_distillation.ipynb #63f6dc65
 def freeze_student(model: StudentModule, train, split, reviews, **facts) -> StudentState:
     "Copy a student's present rows and maps into a state."
@@ -296,7 +310,7 @@ def distill(teacher: TeacherState | None, # None: hard labels only
             checkpoint=None, # File to continue from
             lessons: Lessons | None = None, # Already gathered, to share between runs of one width
            ) -> StudentState:
-    "Teach a one-layer student; everything is chosen on `split.valid`."
+    "Teach a one-layer student; its epoch is chosen by fidelity to the teacher, or on `split.valid` without one."
     for name, sha in (("reviews", reviews.split_sha), ("teacher", teacher.split_sha if teacher else split.sha)):
         if sha != split.sha: raise UserError(f"{name} is of split {sha}, the split is {split.sha}: states of different splits do not meet.")
     device, train = pick_device(cfg.device), split.train.to_csr()
@@ -304,13 +318,15 @@ def distill(teacher: TeacherState | None, # None: hard labels only
         model = StudentModule(train, reviews, cfg, device)
         if teacher and lessons is None: lessons = gather_lessons(teacher, cfg, device)
         if teacher and cfg.init == "spectral": start_spectral(model, lessons.users.cpu().numpy(), lessons.items.cpu().numpy())
-        def validate():
-            state = freeze_student(model, train, split, reviews)
-            return evaluate(lambda u: student_scores(state, state.user_emb[u]), split, "valid", ks=(10,)).mean("NDCG@10")
+        score = lambda state: lambda u: student_scores(state, state.user_emb[u])
+        now = lambda: freeze_student(model, train, split, reviews)
+        ndcg = lambda: evaluate(score(now()), split, "valid", ks=(10,)).mean("NDCG@10")
+        asked = lambda: fidelity(score(now()), lessons.targets, train)
         taught = lambda u, _, epoch, gen: distill_loss(model, lessons, train, u, draw_items(train, u, gen), epoch, gen)
         untaught = lambda u, i, epoch, gen: distill_loss(model, None, train, u, i, epoch, gen)
-        start, some = validate(), np.flatnonzero(np.diff(train.indptr)) # users with a train item
+        validate = asked if teacher and cfg.soft_labels != "none" and cfg.chosen_by == "fidelity" else ndcg
+        start, some = ndcg(), np.flatnonzero(np.diff(train.indptr)) # users with a train item
         rows = (some, some) if teacher else (split.train.user_idx, split.train.item_idx)
         history = fit(model, rows, taught if teacher else untaught, validate, cfg, checkpoint, "student")
-    valid = dict(start=start, student=history.best_valid, best_epoch=history.best_epoch)
+    valid = dict(start=start, student=ndcg(), best_epoch=history.best_epoch, **(dict(fidelity=asked()) if teacher else {}))
     return freeze_student(model, train, split, reviews, valid=valid, train_s=t.s, history=history)

@@ -157,7 +157,9 @@ def fit_models(prepared: Prepared, cfg: RunConfig) -> Fitted:
     scorers = {s.name: s for s in models if s is not None}
     ks = tuple(sorted({5, 10, 20, cfg.k}))
     results = {name: evaluate(s, split, "test", ks) for name, s in progress(scorers.items(), "test")}
-    return Fitted(scorers, results, teacher, student, lessons, {n: h.to_frame() for n, h in (("lightgcn", lightgcn.history), ("teacher", teacher.history), ("student", student.history))})
+    histories = {"lightgcn": lightgcn.history.to_frame(), "teacher": teacher.history.to_frame(),
+                 "student": student.history.to_frame().rename(columns={"valid": "fidelity"})} # its judge
+    return Fitted(scorers, results, teacher, student, lessons, histories)
 
 # %% ../nbs/14_experiment.ipynb #e2e9d36e
 def quality_frame(fitted: Fitted, metric: str = "NDCG@10") -> pd.DataFrame: # model, mean, low, high

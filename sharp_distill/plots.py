@@ -150,14 +150,18 @@ def _panel(a, part, references, last):
     a.set_xticks(list(x), [f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in part["value"]])
 
 # %% ../nbs/13_plots.ipynb #024df2a2
-def plot_history(histories: dict, # Model name -> frame with epoch and valid
+def plot_history(histories: dict, # Model name -> frame with epoch and valid (NDCG@10) or fidelity (share of the teacher's first ten)
                  ax=None):
-    "Draw the validation score of each training by epoch."
+    "Draw how each training was judged, epoch by epoch; fidelity has its own axis on the right."
     ax = _axis(pd.DataFrame({"model": list(histories)}), ax, ("model",))
+    right = ax.twinx() if any("fidelity" in h for h in histories.values()) else None
     for name in in_order(histories):
-        h = histories[name].dropna(subset=["valid"])
-        ax.plot(h["epoch"] + 1, h["valid"], **model_style(name), markersize=4, lw=1.2, label=name)
+        on, judge, style = (right, "fidelity", "--") if "fidelity" in histories[name] else (ax, "valid", "-")
+        h = histories[name].dropna(subset=[judge])
+        on.plot(h["epoch"] + 1, h[judge], style, **model_style(name), markersize=4, lw=1.2)
+        ax.plot([], [], style, **model_style(name), markersize=4, lw=1.2, label=name + " (right axis)" * (on is right))
     ax.set(xlabel="epoch", ylabel="validation NDCG@10", ylim=(0, None), title="How did the trainings go?\n(teacher: its networks alone, before the filter is added)")
+    if right: right.set(ylabel="share of the teacher's first ten", ylim=(0, 1)); right.spines["right"].set_visible(True)
     ax.legend(frameon=False, fontsize=8)
     return ax
 

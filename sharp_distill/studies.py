@@ -183,7 +183,7 @@ class Knob:
 
 _CONTRAST = dict(contrast="corrected")
 KNOBS = {
-    "temperature": Knob("run", ("temperature",), (.1, .35, .7, 1.4, 2.8)), "alpha": Knob("student", ("alpha",), (0., .25, .5, .75, 1.), _CONTRAST),
+    "temperature": Knob("run", ("temperature",), (.1, .2, .4, .8, 1.6)), "alpha": Knob("student", ("alpha",), (0., .25, .5, .75, 1.), _CONTRAST),
     "gamma": Knob("run", ("gamma",), (0., .25, .5, .75, 1.)), "lambda": Knob("student", ("user_weight", "item_weight"), (0., .1, 1., 10.), _CONTRAST),
     "embedding_dim": Knob("student", ("emb_dim",), (16, 32, 64, 128, 256)), "learning_rate": Knob("run", ("student_lr",), (.002, .005, .015, .05)),
     "layers": Knob("run", ("n_layers",), (0, 1, 2, 3)), "tau": Knob("student", ("contrast_temp",), (.05, .1, .2, .5), _CONTRAST),

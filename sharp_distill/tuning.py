@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNTAUGHT', 'TEACHER', 'BOARD', 'KIND_STYLE', 'Budget', 'BoardData', 'board_name', 'board_data', 'Entry',
-           'tuned_lightgcn', 'tuned_teacher', 'entry_of', 'space_frame', 'suggest', 'first_setting', 'open_study',
-           'finished', 'spent_s', 'wants_more', 'tune', 'chosen', 'strata_rows', 'board_row', 'options_of',
-           'board_path', 'read_board', 'put_rows', 'save_per_user', 'mean_result', 'by_model', 'board_tests',
-           'search_row', 'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board', 'refit_row', 'BoardConfig',
-           'model_names', 'board_frame', 'metric_frame', 'stratum_frame', 'best_of', 'verdicts', 'plot_board',
-           'plot_search', 'plot_groups']
+           'tuned_lightgcn', 'fitted_filter', 'tuned_teacher', 'entry_of', 'space_frame', 'suggest', 'first_setting',
+           'open_study', 'finished', 'spent_s', 'wants_more', 'tune', 'chosen', 'strata_rows', 'board_row',
+           'options_of', 'board_path', 'read_board', 'put_rows', 'save_per_user', 'mean_result', 'by_model',
+           'board_tests', 'search_row', 'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board', 'refit_row',
+           'BoardConfig', 'model_names', 'board_frame', 'metric_frame', 'stratum_frame', 'best_of', 'verdicts',
+           'plot_board', 'plot_search', 'plot_groups']
 
 # %% ../nbs/10_tuning.ipynb #758dfa2d
 import time
@@ -60,7 +60,7 @@ class BoardData:
     def batch_size(self) -> int: # A power of two between 1,024 and 8,192
         return int(np.clip(2 ** round(np.log2(max(len(self.split.train), 1) / 32)), 1024, 8192))
 
-    def keep(self, key, make, most=6): # `make` is called when the key is new; the oldest of `most` leaves
+    def keep(self, key, make, most=8): # `make` is called when the key is new; the oldest of `most` leaves
         "Return a fitted model, making it once."
         if key not in self.memo:
             while len(self.memo) >= most: self.memo.pop(next(iter(self.memo)))
@@ -126,15 +126,24 @@ def _rival(name: str) -> Entry:
 
 # %% ../nbs/10_tuning.ipynb #2bbcb7ca
 UNTAUGHT = dict(init="random", soft_labels="none", contrast="none", gamma_start=1., lr=5e-3, lr_schedule="constant", epochs=40,
-                patience=5, batch_size=1024, reg=1e-3) # A student on hard labels only
+                patience=5, reg=1e-3) # A student on hard labels only
 TEACHER = dict(lr=5e-3, epochs=40, patience=5)
 
 # %% ../nbs/10_tuning.ipynb #d0cf8d5c
+def fitted_filter(data: BoardData) -> tuple: # (what `fit_filter` returns, seconds it took)
+    "Return the teacher's filter, which no seed and no searched option changes, fitted once."
+    def make():
+        with Stopwatch() as t: found = fit_filter(data.split, data.reviews, sessions=teacher_sessions(data.split))
+        return found, t.s
+    return data.keep("filter", make)
+
+
 def tuned_teacher(data: BoardData, seed: int, options=None):
     "Return the teacher with its chosen options, trained once a seed."
     options = {**TEACHER, **(data.best.get("teacher", {}) if options is None else options)}
     cfg = TeacherConfig.from_dict(dict(options, seed=seed, batch_size=data.batch_size))
-    return data.keep(("teacher", cfg.sha()), lambda: train_teacher(data.split, data.reviews, cfg))
+    shared = fitted_filter(data)[0] if cfg.item_filter == "auto" and data.split.n_items <= cfg.filter_max_items else None
+    return data.keep(("teacher", cfg.sha()), lambda: train_teacher(data.split, data.reviews, cfg, fitted_filter=shared))
 
 # %% ../nbs/10_tuning.ipynb #d599d964
 def _teacher(space: dict) -> Entry:
@@ -148,15 +157,15 @@ def _teacher(space: dict) -> Entry:
 # %% ../nbs/10_tuning.ipynb #2f2d5a68
 def _fit_filter(data, options, seed, watch):
     "Fit the teacher's filter alone: users, sessions and words as hyperedges, no network."
-    with Stopwatch() as t: B, _, found = fit_filter(data.split, data.reviews, sessions=teacher_sessions(data.split))
-    return item_scorer("filter", data.split, B, t.s, found)
+    (B, _, found), seconds = fitted_filter(data)
+    return item_scorer("filter", data.split, B, seconds, found)
 
 # %% ../nbs/10_tuning.ipynb #fa69951e
 def _student(name: str, space: dict, **fixed) -> Entry: # `fixed`: options of the controls, which no teacher sees
     "Put the student or one of its controls on the board."
     def fit(data, options, seed, watch):
         teacher = None if fixed else tuned_teacher(data, seed)
-        cfg = DistillConfig.from_dict({**fixed, **options, "seed": seed})
+        cfg = DistillConfig.from_dict({**fixed, **(dict(batch_size=data.batch_size) if fixed else {}), **options, "seed": seed})
         return replace(student_scorer(distill(teacher, data.split, data.reviews, cfg), name), config=cfg.to_dict())
     defaults = {o: getattr(DistillConfig(**fixed), o) for o in space}
     return Entry(fit, space, defaults, True, "ours", lambda data, seed: None if fixed else tuned_teacher(data, seed))
@@ -170,7 +179,7 @@ BOARD = {
     "student_no_kd": _student("student_no_kd", dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), **UNTAUGHT),
     "filter": Entry(_fit_filter, {}, {}, False, "ours"),
     "teacher": _teacher(dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"))),
-    "student": _student("student", dict(lr=(.003, .05, "log"), emphasis=(1., 2.5, "linear"), init_ridge=(.003, .3, "log"))),
+    "student": _student("student", dict(lr=(.01, .06, "log"), emphasis=(1., 2.5, "linear"), init_ridge=(.003, .3, "log"))),
 }
 
 # %% ../nbs/10_tuning.ipynb #1aab303e
@@ -400,16 +409,14 @@ def run_board(data: BoardData, names=None, # Models; None: all
               budget: Budget = Budget(), folder="../outputs/leaderboard", limit_s: float = np.inf, # Stop beginning things after
               report=None) -> list: # The board's rows; `report` is called with a line of progress
     "Bring a board up to date."
-    until, searches = time.time() + limit_s, {}
+    until = time.time() + limit_s
     recall(data, budget)
     for name in names or BOARD:
         if time.time() > until: break
         with Stopwatch() as w: done = run_model(name, data, budget, folder, until)
-        if done: searches[name] = done
+        if done: write_tests(folder, data, read_board(folder, data.name), {name: done})
         if report: report(f"{data.name} {name}: {'complete' if done else 'not complete'}, {w.s:.0f} s")
-    rows = read_board(folder, data.name)
-    write_tests(folder, data, rows, searches)
-    return rows
+    return read_board(folder, data.name)
 
 # %% ../nbs/10_tuning.ipynb #19731569
 def refit_row(data: BoardData, row: dict) -> dict: # A row
