@@ -433,6 +433,7 @@ class BoardConfig(Budget):
     board_dir: str = option("../outputs/leaderboard", "folder of the boards")
     build: str = option("", "models to tune and to put on the board, separated by commas, or all")
     rerun: str = option("", "models whose rows are fitted again and compared")
+    new_items: int = option(0, "seeds with which new items are measured again; 0 reads what is stored", lo=0)
     encoder: str = option("tfidf", "review vectors of rivals, teacher and student")
 
     def budget(self) -> Budget: return Budget(**{o: getattr(self, o) for o in Budget.__dataclass_fields__})
