@@ -85,7 +85,7 @@ def place_new_items(new: NewItems, encoder: str = "tfidf", seed: int = 0) -> dic
     B = ridge_filter(weighted_gram(train, 0.) + np.float32(found["text_weight"] * train.nnz / train.shape[1]) * likeness, found["ridge"])
     teacher = train_teacher(split, reviews, TeacherConfig(**TEACHER, seed=seed))
     student = distill(teacher, split, reviews, DistillConfig(seed=seed))
-    untaught = distill(None, split, reviews, DistillConfig(**UNTAUGHT, batch_size=1024, seed=seed))
+    untaught = distill(None, split, reviews, DistillConfig(**UNTAUGHT, seed=seed))
     return {"chance": Scorer("chance", lambda u: draw.random((len(u), train.shape[1]), dtype=np.float32)),
             "words": Scorer("words", lambda u: train[u] @ likeness), "ease+tfidf": Scorer("ease+tfidf", lambda u: train[u] @ B),
             "student_no_kd": arrive(untaught, new, vectors, "student_no_kd"), "student": arrive(student, new, vectors)}

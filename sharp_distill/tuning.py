@@ -126,7 +126,7 @@ def _rival(name: str) -> Entry:
 
 # %% ../nbs/10_tuning.ipynb #2bbcb7ca
 UNTAUGHT = dict(init="random", soft_labels="none", contrast="none", gamma_start=1., lr=5e-3, lr_schedule="constant", epochs=40,
-                patience=5, reg=1e-3) # A student on hard labels only
+                patience=5, batch_size=1024, reg=1e-3) # A student on hard labels only
 TEACHER = dict(lr=5e-3, epochs=40, patience=5)
 
 # %% ../nbs/10_tuning.ipynb #d0cf8d5c
@@ -165,7 +165,7 @@ def _student(name: str, space: dict, **fixed) -> Entry: # `fixed`: options of th
     "Put the student or one of its controls on the board."
     def fit(data, options, seed, watch):
         teacher = None if fixed else tuned_teacher(data, seed)
-        cfg = DistillConfig.from_dict({**fixed, **(dict(batch_size=data.batch_size) if fixed else {}), **options, "seed": seed})
+        cfg = DistillConfig.from_dict({**fixed, **options, "seed": seed})
         return replace(student_scorer(distill(teacher, data.split, data.reviews, cfg), name), config=cfg.to_dict())
     defaults = {o: getattr(DistillConfig(**fixed), o) for o in space}
     return Entry(fit, space, defaults, True, "ours", lambda data, seed: None if fixed else tuned_teacher(data, seed))
