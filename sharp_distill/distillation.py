@@ -33,6 +33,7 @@ class DistillConfig(StudentConfig, TrainConfig):
     lr_schedule: str = option("cosine", "cosine: falls to 0 along half a wave over the epochs", choices=("constant", "cosine"))
     batch_size: int = option(512, "users a step (train interactions where there is no teacher)", lo=1)
     epochs: int = option(60, "most passes over the users", lo=0)
+    patience: int = option(60, "validations without a better one before stopping; the falling learning rate needs its whole way", lo=1)
     chosen_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, or validation NDCG@10", choices=("fidelity", "validation"))
     reg: float = option(0., "L2 weight on the rows of a batch", lo=0.)
     init: str = option("spectral", "where the student starts", choices=("spectral", "random"))
