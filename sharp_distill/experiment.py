@@ -199,10 +199,10 @@ def retention_frame(fitted: Fitted, k: int = 10, n_boot: int = 1000) -> pd.DataF
     return pd.DataFrame(rows)
 
 # %% ../nbs/14_experiment.ipynb #62c54b36
-SWEEP = {"temperature": ("t_min", (.1, .5, 1., 2.)), "kd_weight": ("kd_weight", (0., .5, 1.)), "emb_dim": ("emb_dim", (16, 32, 64, 128))}
+SWEEP = {"temperature": ("t_min", (.1, 1., 2.)), "kd_weight": ("kd_weight", (0., .5, 1.)), "emb_dim": ("emb_dim", (16, 32, 64, 128))}
 
 
-def sensitivity_frame(prepared: Prepared, fitted: Fitted, cfg: RunConfig, sweep: dict = SWEEP, epochs: int = 1) -> pd.DataFrame: # param, value, mean, chosen
+def sensitivity_frame(prepared: Prepared, fitted: Fitted, cfg: RunConfig, sweep: dict = SWEEP, epochs: int = 12) -> pd.DataFrame: # param, value, mean, chosen
     "Vary one option of the student at a time; validation NDCG@10 after a short training."
     base, rows = student_config(cfg).replace(epochs=min(epochs, cfg.student_epochs)), []
     jobs = [(p, name, v) for p, (name, values) in sweep.items() for v in sorted({*values, getattr(base, name)})]

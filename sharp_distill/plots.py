@@ -162,7 +162,7 @@ def plot_history(histories: dict, # Model name -> frame with epoch and valid (ND
         ax.plot([], [], style, **model_style(name), markersize=4, lw=1.2, label=name + " (right axis)" * (on is right))
     ax.set(xlabel="epoch", ylabel="validation NDCG@10", ylim=(0, None), title="How did the trainings go?\n(teacher: its networks alone, before the filter is added)")
     if right: right.set(ylabel="share of the teacher's first ten", ylim=(0, 1)); right.spines["right"].set_visible(True)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
     return ax
 
 # %% ../nbs/13_plots.ipynb #18f5b397
