@@ -8,15 +8,14 @@ __all__ = ['NewItems', 'hold_out_items', 'encode_arrivals', 'arrive', 'place_new
 
 # %% ../nbs/10_unseen.ipynb #ce45df42
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from .core import UserError, machine, progress, rng, versions, write_json
+from .core import UserError, machine, progress, rng, versions
 from .data import Interactions
 from .distillation import DistillConfig, distill
-from .evaluation import EvalResult, Scorer, evaluate, holm, paired_test
+from .evaluation import Scorer, evaluate, holm, paired_test
 from .hypergraphs import ridge_filter
 from .reviews import ReviewEmbeddings, encode_reviews, item_tfidf
 from .split import Split, deal_random, place_within
