@@ -1143,6 +1143,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sharp_distill/unseen.py'),
                                       'sharp_distill.unseen.new_items_frame': ('unseen.html#new_items_frame', 'sharp_distill/unseen.py'),
                                       'sharp_distill.unseen.new_items_record': ('unseen.html#new_items_record', 'sharp_distill/unseen.py'),
-                                      'sharp_distill.unseen.place_new_items': ('unseen.html#place_new_items', 'sharp_distill/unseen.py'),
                                       'sharp_distill.unseen.plot_new_items': ('unseen.html#plot_new_items', 'sharp_distill/unseen.py'),
-                                      'sharp_distill.unseen.shelf': ('unseen.html#shelf', 'sharp_distill/unseen.py')}}}
+                                      'sharp_distill.unseen.shelf': ('unseen.html#shelf', 'sharp_distill/unseen.py'),
+                                      'sharp_distill.unseen.student_ways': ('unseen.html#student_ways', 'sharp_distill/unseen.py'),
+                                      'sharp_distill.unseen.untrained_ways': ('unseen.html#untrained_ways', 'sharp_distill/unseen.py')}}}

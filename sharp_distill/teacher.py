@@ -292,7 +292,7 @@ def teacher_sessions(split, cfg: TeacherConfig = TeacherConfig()): # csr [I, S],
 def train_teacher(split, reviews, # Of the same split
                   cfg: TeacherConfig = TeacherConfig(),
                   checkpoint=None, # File to continue from
-                  fitted_filter=None, # What `fit_filter` returned, to share between runs of one split
+                  find_filter=None, # () -> what `fit_filter` returns, to share it between runs; called where a filter is wanted
                  ) -> TeacherState:
     "Train both networks and the filter on `split.train`; everything is chosen on `split.valid`."
     if reviews.split_sha != split.sha:
@@ -307,7 +307,8 @@ def train_teacher(split, reviews, # Of the same split
                   lambda u, i, epoch, gen: teacher_loss(model, train, u, i, gen), validate, cfg, checkpoint, "teacher")
     valid = dict(hgnn=history.best_valid)
     if not wants_filter: return state(history=history, valid=valid)
-    B, valid["filter"], valid["filter_options"] = fitted_filter or fit_filter(split, reviews, sessions=sessions, session_weight=cfg.session_weight)
+    find = find_filter or (lambda: fit_filter(split, reviews, sessions=sessions, session_weight=cfg.session_weight))
+    B, valid["filter"], valid["filter_options"] = find()
     fused = state(history=history, item_filter=B, valid=valid)
     weights = (cfg.filter_weight,) if cfg.filter_weight else FUSION_GRID
     ndcg = {w: evaluate(lambda u: teacher_scores(replace(fused, filter_weight=w), u), split, "valid", ks=(10,)).mean("NDCG@10") for w in weights}

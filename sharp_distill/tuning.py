@@ -142,8 +142,7 @@ def tuned_teacher(data: BoardData, seed: int, options=None):
     "Return the teacher with its chosen options, trained once a seed."
     options = {**TEACHER, **(data.best.get("teacher", {}) if options is None else options)}
     cfg = TeacherConfig.from_dict(dict(options, seed=seed, batch_size=data.batch_size))
-    shared = fitted_filter(data)[0] if cfg.item_filter == "auto" and data.split.n_items <= cfg.filter_max_items else None
-    return data.keep(("teacher", cfg.sha()), lambda: train_teacher(data.split, data.reviews, cfg, fitted_filter=shared))
+    return data.keep(("teacher", cfg.sha()), lambda: train_teacher(data.split, data.reviews, cfg, find_filter=lambda: fitted_filter(data)[0]))
 
 # %% ../nbs/10_tuning.ipynb #d599d964
 def _teacher(space: dict) -> Entry:
