@@ -32,6 +32,7 @@ class DistillConfig(StudentConfig, TrainConfig):
     lr: float = option(.03, "Adam learning rate", lo=0.)
     lr_schedule: str = option("cosine", "cosine: falls to 0 along half a wave over the epochs", choices=("constant", "cosine"))
     batch_size: int = option(512, "users a step (train interactions where there is no teacher)", lo=1)
+    batches: str = option("users", "what a batch is cut from without a teacher: rows in any order, or users in any order, each with all its rows", choices=("rows", "users"))
     epochs: int = option(60, "most passes over the users", lo=0)
     patience: int = option(60, "validations without a better one before stopping; the falling learning rate needs its whole way", lo=1)
     chosen_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, or validation NDCG@10", choices=("fidelity", "validation"))
@@ -268,12 +269,13 @@ def distill_loss(model: StudentModule, lessons: Lessons | None, train, users, it
     z = model()
     gamma = mix_gamma(epoch, cfg) if lessons else 1.
     mixed = z if gamma == 1 else tuple(gamma * s + (1 - gamma) * t for s, t in zip(z, (lessons.users, lessons.items)))
-    zu, zi = mixed[0][users], mixed[1]
+    who, at = users.unique(return_inverse=True)
+    zu, zi = mixed[0][who], mixed[1]
     candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen).to(users.device)
     kd = cfg.kd_weight if lessons and cfg.soft_labels != "none" else 0.
-    logits = mask_seen(model.logits(zu, zi[candidates]), users, candidates, train)
-    hard = ranking_loss(cfg.loss, model.pair_logits(zu, zi[items][:, None])[:, 0], logits) if kd < 1 else 0.
-    soft = _soft_part(model, lessons, logits, zu, zi, users, epoch) if kd else 0.
+    logits = mask_seen(model.logits(zu, zi[candidates]), who, candidates, train)
+    hard = ranking_loss(cfg.loss, model.pair_logits(zu[at], zi[items][:, None])[:, 0], logits, at) if kd < 1 else 0.
+    soft = _soft_part(model, lessons, logits, zu, zi, who, epoch) if kd else 0.
     sides = [_contrast_part(model, lessons, k, z[k], r.unique()) for k, r in enumerate((users, items))] if lessons and cfg.contrast != "none" else [0., 0.]
     total = (1 - kd) * hard + kd * soft + cfg.user_weight * sides[0] + cfg.item_weight * sides[1] + cfg.reg * l2_penalty(z[0][users], z[1][items])
     return total, dict(hard=hard, soft=soft, user=sides[0], item=sides[1])

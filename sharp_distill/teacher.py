@@ -59,6 +59,7 @@ class HGNN(nn.Module):
 @dataclass(frozen=True)
 class TeacherConfig(TrainConfig):
     "Options of the teacher."
+    batches: str = option("users", "what a batch is cut from: rows in any order, or users in any order, each with all its rows", choices=("rows", "users"))
     emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
     n_layers: int = option(3, "hypergraph steps", lo=0, hi=16)
     layer: str = option("linear", "relu is equation (3) as written", choices=("linear", "relu"))
@@ -142,13 +143,11 @@ def info_nce(a, b, # [B, d] partners row by row
     return F.cross_entropy(logits, torch.arange(len(a), device=a.device))
 
 # %% ../nbs/07_teacher.ipynb #69bbe59a
-def _logits(model, z, t, users, items, candidates): # Embeddings and text embeddings of both sides; int64 [B], [B], [n]
-    "Return the scores of the users with their own items [B] and with all candidates [B, n]."
-    if model.mlp is None:
-        every = z[0][users] @ z[1][candidates].T
-        return (z[0][users] * z[1][items]).sum(1), every
+def _logits(model, z, t, users, items, who, candidates): # Embeddings and text embeddings of both sides; int64 [B], [B], [G], [n]
+    "Return the scores of the users with their own items [B], and of the distinct users with all candidates [G, n]."
+    if model.mlp is None: return (z[0][users] * z[1][items]).sum(1), z[0][who] @ z[1][candidates].T
     side = lambda k, at: torch.cat([z[k][at], t[k][at]], 1)
-    return model.mlp.paired(side(0, users), side(1, items)), model.mlp(side(0, users), side(1, candidates))
+    return model.mlp.paired(side(0, users), side(1, items)), model.mlp(side(0, who), side(1, candidates))
 
 
 def contrastive_terms(model, z, t, rows, gen): # `rows`: the batch's distinct users and items
@@ -168,9 +167,10 @@ def teacher_loss(model, train, users, items, gen) -> tuple: # Module, csr [U, I]
     cfg = model.cfg
     z, t = model(cfg.edge_drop, gen), model.text_embeddings()
     candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen).to(users.device)
-    pos, scores = _logits(model, z, t, users, items, candidates)
-    rank = ranking_loss(cfg.loss, pos, mask_seen(scores, users, candidates, train))
-    cross, intra = contrastive_terms(model, z, t, (users.unique(), items.unique()), gen)
+    who, at = users.unique(return_inverse=True)
+    pos, scores = _logits(model, z, t, users, items, who, candidates)
+    rank = ranking_loss(cfg.loss, pos, mask_seen(scores, who, candidates, train), at)
+    cross, intra = contrastive_terms(model, z, t, (who, items.unique()), gen)
     total = rank + cfg.align_weight * cross + cfg.intra_weight * intra + cfg.reg * l2_penalty(z[0][users], z[1][items])
     return total, dict(rank=rank, cross=cross, intra=intra)
 

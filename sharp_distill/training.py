@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'mse_loss', 'bpr_loss', 'sampled_softmax_loss', 'ranking_loss', 'l2_penalty', 'sample_candidates',
-           'mask_seen', 'sample_negatives', 'History', 'save_checkpoint', 'load_checkpoint', 'fit']
+           'mask_seen', 'sample_negatives', 'History', 'epoch_order', 'save_checkpoint', 'load_checkpoint', 'fit']
 
 # %% ../nbs/06_training.ipynb #f111e527
 import contextlib
@@ -36,6 +36,7 @@ class TrainConfig(Config):
     eval_every: int = option(1, "epochs between validations", lo=1)
     reg: float = option(1e-3, "L2 weight on the embeddings of a batch (README: reg_lambda)", lo=0.)
     loss: str = option("softmax", "ranking loss", choices=("softmax", "bpr", "mse"))
+    batches: str = option("rows", "what a batch is cut from: rows in any order, or users in any order, each with all its rows", choices=("rows", "users"))
     n_negatives: int = option(0, "negatives shared by a batch; 0 takes the whole catalogue", lo=0)
     precision: str = option("float32", "arithmetic of the forward pass", choices=("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, batches and negatives", lo=0)
@@ -60,12 +61,19 @@ def bpr_loss(pos, neg): # [B], [B, n]
 
 def sampled_softmax_loss(pos, neg): # [B], [B, n]
     "Return the cross-entropy of the chosen item among itself and the negatives."
-    return (torch.logsumexp(torch.cat([pos[:, None], neg], 1), 1) - pos).mean()
+    return (torch.logaddexp(pos, _log_sum(neg)) - pos).mean()
+
+
+def _log_sum(neg): # [B, n] -> [B]; finite, with a finite gradient, where a whole row is masked
+    return torch.logsumexp(neg.clamp(min=-1e30), 1)
 
 # %% ../nbs/06_training.ipynb #37310e5a
 def ranking_loss(name: str, # "softmax", "bpr" or "mse"
-                 pos, neg): # [B], [B, n]
+                 pos, neg, # [B], [B, n]; with `at` [G, n]
+                 at=None): # int64 [B], the row of `neg` for each of `pos`; None: one each
     "Return the loss of that name."
+    if at is not None and name == "softmax": return (torch.logaddexp(pos, _log_sum(neg)[at]) - pos).mean()
+    if at is not None: neg = neg[at]
     return {"softmax": sampled_softmax_loss, "bpr": bpr_loss, "mse": mse_loss}[name](pos, neg)
 
 
@@ -149,11 +157,20 @@ def _learning_rate(epoch: int, cfg) -> float:
     return cfg.lr if cfg.lr_schedule == "constant" else cfg.lr * .5 * (1 + math.cos(math.pi * epoch / cfg.epochs))
 
 
+def epoch_order(users, # int64 [n], the user of each train row
+                batches: str, # "rows" or "users"
+                gen: torch.Generator) -> torch.Tensor: # int64 [n]
+    "Shuffle the train rows, or the users with their rows together."
+    if batches == "rows" or not len(users): return torch.randperm(len(users), generator=gen)
+    place = torch.randperm(int(users.max()) + 1, generator=gen)
+    return torch.argsort(place[users], stable=True)
+
+
 def _run_epoch(optimiser, loss_fn, rows, epoch, cfg, gen, device):
     "Walk once through the train rows and return the mean of the loss and its parts."
     users, items = rows
     for group in optimiser.param_groups: group["lr"] = _learning_rate(epoch, cfg)
-    order, sums = torch.randperm(len(users), generator=gen), {}
+    order, sums = epoch_order(users, cfg.batches, gen), {}
     for at in range(0, len(order), cfg.batch_size):
         b = order[at:at + cfg.batch_size]
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
