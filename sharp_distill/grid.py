@@ -29,10 +29,9 @@ from safetensors.torch import save_file
 from . import distillation, student, teacher, training
 from .baselines import BASELINES, fit_baseline
 from .core import Config, Stopwatch, UserError, cache_dir, content_sha, did_you_mean, machine, option, peak_mib, progress, read_json, rng, versions, whole_file, write_json
-from .data import load_interactions
 from .distillation import DistillConfig, distill, gather_lessons
 from .evaluation import Scorer, evaluate
-from .experiment import RunConfig, check_run, review_config, student_config, teacher_config, time_queries
+from .experiment import DataConfig, RunConfig, check_run, review_config, student_config, teacher_config, time_queries
 from .reviews import ReviewConfig, encode_reviews
 from .rivals import RIVALS, fit_rival
 from .sources import find_local
@@ -45,11 +44,8 @@ MODELS = ("student", "student_no_kd", *BASELINES, *RIVALS)
 
 
 @dataclass(frozen=True)
-class Job(Config):
+class Job(DataConfig):
     "One training, down to the last option."
-    dataset: str = option("sample", "name, or path of a file")
-    k_core: int = option(0, "least rows a user and an item must have; 0: the data set's own default", lo=0)
-    min_rating: float = option(0., "leave out lower ratings; 0 keeps all")
     n_users: int = option(0, "users drawn at random; 0 keeps all", lo=0)
     split: str = option("random", "protocol of the split")
     seed: int = option(0, "seed of split, weights and batches", lo=0)
@@ -61,8 +57,6 @@ class Job(Config):
     teacher: dict = field(default_factory=dict) # Every option of `TeacherConfig`
     student: dict = field(default_factory=dict) # Every option of `DistillConfig`
 
-    @property
-    def dataset_name(self) -> str: return Path(self.dataset).name.split(".")[0]
     @property
     def run_id(self) -> str: return self.replace(dataset=self.dataset_name).sha()
 
@@ -199,8 +193,7 @@ FORMAT = 2 # of run.json
 def run_job(job: Job, folder: Path) -> dict: # The record
     "Train and measure one job; an interrupted student goes on from its checkpoint in `folder`."
     with Stopwatch() as wall:
-        data = load_interactions(job.dataset, k_core=job.k_core, min_rating=job.min_rating, n_users=job.n_users, seed=job.seed)
-        if data.n_items <= 20: raise UserError(f"{job.dataset} has {data.n_items} items: expected more than 20, the longest list that is measured.")
+        data = job.load(n_users=job.n_users, seed=job.seed)
         split = make_split(data, job.split, job.seed)
         with Stopwatch() as encode: reviews = encode_reviews(split, job.encoder, ReviewConfig.from_dict(job.reviews))
         scorers, facts = _fit_models(job, split, reviews, folder / "student.safetensors")

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from .core import Config, UserError, option, progress, torch_rng, whole_file
@@ -221,6 +222,7 @@ def _validated(model, validate) -> float:
     return score
 
 
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def fit(model: nn.Module, # Trained in place; holds its best weights afterwards
         rows: tuple, # (user_idx, item_idx) of train interactions, int64 arrays [n]
         loss_fn, # (users, items, epoch, gen) -> (total, parts)
