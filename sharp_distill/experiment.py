@@ -215,12 +215,14 @@ SWEEP = {"temperature": ("t_min", (.1, 1., 2.)), "kd_weight": ("kd_weight", (0.,
 
 def sensitivity_frame(prepared: Prepared, fitted: Fitted, cfg: RunConfig, sweep: dict = SWEEP, epochs: int = 12) -> pd.DataFrame: # param, value, mean, chosen
     "Vary one option of the student at a time; validation NDCG@10 after a short training."
-    base, rows = student_config(cfg).replace(epochs=min(epochs, cfg.student_epochs)), []
+    base, rows, known = student_config(cfg).replace(epochs=min(epochs, cfg.student_epochs)), [], {} # the chosen values stand in every sweep and are trained once
     jobs = [(p, name, v) for p, (name, values) in sweep.items() for v in sorted({*values, getattr(base, name)})]
     for param, name, value in progress(jobs, "sensitivity"):
         one = base.replace(**{name: value}, **({"t_max": max(base.t_max, value)} if name == "t_min" else {}))
-        state = distill(fitted.teacher, prepared.split, prepared.reviews, one, lessons=fitted.lessons if (one.emb_dim, one.t_min) == (base.emb_dim, base.t_min) else None)
-        rows.append(dict(param=param, value=value, mean=state.valid["student"], chosen=value == getattr(base, name)))
+        if one not in known:
+            lessons = fitted.lessons if (one.emb_dim, one.t_min) == (base.emb_dim, base.t_min) else None
+            known[one] = distill(fitted.teacher, prepared.split, prepared.reviews, one, lessons=lessons).valid["student"]
+        rows.append(dict(param=param, value=value, mean=known[one], chosen=value == getattr(base, name)))
     return pd.DataFrame(rows)
 
 # %% ../nbs/14_experiment.ipynb #a25410fb
