@@ -744,6 +744,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'sharp_distill/serving.py'),
                                        'sharp_distill.serving.Recommender._user_number': ( 'serving.html#recommender._user_number',
                                                                                            'sharp_distill/serving.py'),
+                                       'sharp_distill.serving.Recommender.left_out': ( 'serving.html#recommender.left_out',
+                                                                                       'sharp_distill/serving.py'),
                                        'sharp_distill.serving.Recommender.n_bytes': ( 'serving.html#recommender.n_bytes',
                                                                                       'sharp_distill/serving.py'),
                                        'sharp_distill.serving._answer': ('serving.html#_answer', 'sharp_distill/serving.py'),

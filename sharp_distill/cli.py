@@ -48,8 +48,8 @@ def option_names(name: str, default) -> list: # ["--time-limit-s", "--time_limit
     return list(dict.fromkeys(names))
 
 # %% ../nbs/17_cli.ipynb #dc0623b9
-def _absolute(name: str, value): # Paths that exist, and the output folder
-    if name == "output_dir": return str(Path(value).expanduser().resolve())
+def _absolute(name: str, value): # Paths that exist, and the folders that are written
+    if name in ("output_dir", "board_dir"): return str(Path(value).expanduser().resolve())
     if name in ("dataset", "datasets", "encoder") and isinstance(value, str):
         parts = [str(Path(v).expanduser().resolve()) if ("/" in v or "." in v) and Path(v).expanduser().exists() else v for v in value.split(",")]
         return ",".join(parts)
@@ -76,16 +76,16 @@ def run_notebook(name: str, given: dict, # Parameters that differ from the defau
 # %% ../nbs/17_cli.ipynb #11c2ad0a
 def make_command(name: str, parameters: list): # As from `notebook_parameters`
     "Build the function of one command."
-    defaults = {p["name"]: p["default"] for p in parameters}
-    def command(**values):
-        out = values.pop("notebook") or Path(values.get("output_dir") or notebook_folder().parent / "outputs") / "notebooks" / f"{name}.ipynb"
-        if str(out).startswith("..") and values.get("output_dir") == defaults.get("output_dir"): out = notebook_folder() / out
-        said = run_notebook(name, {k: v for k, v in values.items() if v != defaults[k]}, Path(out).resolve())
+    def command(ctx, **values):
+        given = {k: v for k, v in values.items() if ctx.get_parameter_source(k).name != "DEFAULT"} # a default's folder is the notebooks' own
+        folder = Path(given["output_dir"]) if "output_dir" in given else notebook_folder().parent / "outputs"
+        out = given.pop("notebook", "") or folder / "notebooks" / f"{name}.ipynb"
+        said = run_notebook(name, given, Path(out).expanduser().resolve())
         typer.echo(f"{said}\n(figures and tables: {Path(out).resolve()})")
     options = [(p["name"], type(p["default"]), typer.Option(*option_names(p["name"], p["default"]), help=p["help"]), p["default"]) for p in parameters]
     options.append(("notebook", str, typer.Option("--notebook", help="where the executed notebook is kept; empty: below the output folder"), ""))
-    command.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[t, o], default=d) for n, t, o, d in options])
-    command.__annotations__ = {n: Annotated[t, o] for n, t, o, _ in options}
+    command.__signature__ = inspect.Signature([inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context), *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[t, o], default=d) for n, t, o, d in options)])
+    command.__annotations__ = {"ctx": typer.Context} | {n: Annotated[t, o] for n, t, o, _ in options}
     command.__doc__ = COMMANDS[name]
     return command
 

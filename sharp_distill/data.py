@@ -137,6 +137,7 @@ def _read_note(source, n_missing, faults, names):
     if faults.count: notes.append(f"bad rows left out: {faults.count:,}, the first is {faults.first}")
     if "rating" not in names: notes.append("no ratings: all 1")
     if "timestamp" not in names: notes.append("no times")
+    if "review" not in names: notes.append("no reviews")
     return "; ".join(notes)
 
 # %% ../nbs/01_data.ipynb #50ecd154

@@ -64,10 +64,10 @@ def tfidf_reader(split, cfg: ReviewConfig = ReviewConfig()): # -> function: list
 # %% ../nbs/18_explorer.ipynb #8eba2277
 def neural_reader(split, name: str, cfg: ReviewConfig = ReviewConfig()): # -> function: list of texts -> float32 [d_t]
     "Keep a transformer and the centre of the train reviews for texts to come."
-    folder, texts = find_encoder(name), train_reviews(split).text
+    folder, texts = find_encoder(name), train_reviews(split)
     parts = ready_encoder(str(folder), cfg)
-    vectors, _ = cached_vectors(cache_dir("reviews", encoder_sha(folder, cfg)), texts, lambda t: encode_texts(t, *parts, cfg))
-    mean, turn = finish_vectors(vectors, cfg.finish)
+    vectors, column = cached_vectors(cache_dir("reviews", encoder_sha(folder, cfg)), texts.text, lambda t: encode_texts(t, *parts, cfg))
+    mean, turn = finish_vectors(vectors, column, texts.item_idx, cfg.finish)
     def encode(reviews):
         reviews = [t for t in map(clean_text, reviews) if t]
         if not reviews: return np.zeros(len(mean), np.float32)

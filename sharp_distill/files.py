@@ -33,9 +33,9 @@ from .core import UserError, did_you_mean
 ALIASES = {
     "user_id": "user_id user userid reviewerID reviewer_id customer_id uid author_id member_id".split(),
     "item_id": "item_id item itemid parent_asin asin business_id product_id iid book_id movie_id game_id track_id".split(),
-    "rating": "rating overall stars star_rating score".split(),
+    "rating": "rating ratings overall stars star_rating score".split(),
     "timestamp": "timestamp unixReviewTime unix_time time date review_date datetime created_at".split(),
-    "review": "review reviewText review_text review_body text content comment body".split(),
+    "review": "review reviews reviewText review_text review_body text content comment body".split(),
     "item_title": "item_title item_name product_title".split()}
 ENCODING_HELP = "of a text table, such as utf-8, cp1252 or latin-1"
 
@@ -45,7 +45,7 @@ def pick_columns(found, # Names the file has
                  extra=(), # Further names that must be there
                 ) -> dict: # Our name -> the file's name
     "Match a file's column names to ours, or say which is missing and what is nearest."
-    columns, plain = columns or {}, {str(f).strip().split(":")[0].lower(): f for f in reversed(list(found))}
+    columns, plain = columns or {}, {re.sub(r"[ -]", "_", str(f).split(":")[0].strip().lower()): f for f in reversed(list(found))}
     for ours, theirs in columns.items():
         if ours not in ALIASES: raise UserError(f"columns names {ours!r}: expected one of {', '.join(ALIASES)}.{did_you_mean(ours, ALIASES)}")
         if theirs not in found: raise UserError(f"columns says {ours} is {theirs!r}, but the file has {_listed(found)}.{did_you_mean(theirs, found)}")
@@ -269,10 +269,11 @@ def parse_fast(first: int, block: bytes, schema) -> pd.DataFrame:
 
 # %% ../nbs/01_1_files.ipynb #f3bb4ced
 def json_names(block: bytes, columns, name, extra=()): # Our names -> the file's; and the Arrow schema
-    "Learn a JSON file's fields from its first lines."
+    "Learn a JSON file's fields from lines spread over its first block: a field may be missing from many."
     import pyarrow as pa
     fields, sample = {}, []
-    for line in block.splitlines()[:200]:
+    lines = block.splitlines()
+    for line in [*lines[:200], *lines[200::max(1, len(lines) // 5000)]]:
         with contextlib.suppress(ValueError): sample.append(parse_line(line))
     if not sample: raise UserError(f"{name}, line 1: not valid JSON; expected one object a line.")
     names = pick_columns(list(dict.fromkeys(k for row in sample for k in row)), columns, extra)

@@ -499,3 +499,14 @@ def test_real_counts(file, users, items, rows):
 def test_real_files_that_must_be_refused():
     assert "broken gzip" in refused(load_interactions, Path(REAL) / "raw/reviews_Digital_Music_5.json.gz")
     assert "5-core of 10,923 rows is empty" in refused(load_interactions, Path(REAL) / "yelp_atlanta.parquet", k_core=5)
+
+
+def test_a_field_that_begins_late_is_read(tmp_path):
+    lines = [json.dumps(dict(user_id=f"u{k % 40}", item_id=f"i{k // 40}", **({"review": f"words {k}"} if k > 900 else {}))) for k in range(1200)]
+    (tmp_path / "late.jsonl").write_text("\n".join(lines))
+    data = load_interactions(str(tmp_path / "late.jsonl"))
+    assert sum(map(bool, data.review)) == 299
+    (tmp_path / "none.csv").write_text("user_id,item_id\nu1,i1\n"); (tmp_path / "wide.csv").write_text("user-id,Item ID,Review Text,Ratings\nu1,i1,Well made,4\n")
+    assert "no reviews" in str(load_interactions(str(tmp_path / "none.csv")).provenance[0])
+    wide = load_interactions(str(tmp_path / "wide.csv"))
+    assert list(wide.review) == ["Well made"] and list(wide.rating) == [4] and "no reviews" not in str(wide.provenance[0])

@@ -1,5 +1,6 @@
 """Stress tests of the serving part: exact search against a full sort, folders that were damaged, ids that do not exist."""
 import dataclasses
+import re
 import subprocess
 import sys
 import types
@@ -145,10 +146,19 @@ def test_save_replaces_whole_and_refuses_strangers(shop, tmp_path):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
+def test_a_link_is_followed(shop, tmp_path):
+    shop.save(tmp_path / "v1"); (tmp_path / "now").symlink_to(tmp_path / "v1")
+    (tmp_path / "v1" / "names.json").write_text("old")
+    for _ in range(2): shop.save(tmp_path / "now")
+    assert (tmp_path / "now").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["now", "v1"]
+    assert Recommender.load(tmp_path / "v1").recommend("u1", k=2).equals(shop.recommend("u1", k=2))
+
+
 @pytest.mark.parametrize("name, change, says", [
     ("arrays.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "checksum"), ("arrays.safetensors", lambda b: b[:100], "cut off"),
     ("names.json", lambda b: b.replace(b"u3", b"u4"), "checksum"), ("recommender.json", lambda b: b.replace(b'"version": 1', b'"version": 9'), "version 9"),
-    ("recommender.json", lambda b: b"{}", "format"), ("recommender.json", lambda b: b[:30], "not valid JSON")])
+    ("recommender.json", lambda b: b"{}", "format"), ("recommender.json", lambda b: b"[]", "format"),
+    ("recommender.json", lambda b: re.sub(rb'"files": *{.*?}\s*}', b'"files": {}', b, flags=re.S), "checksum of"), ("recommender.json", lambda b: b[:30], "not valid JSON")])
 def test_damaged_folder_is_refused(shop, tmp_path, name, change, says):
     file = shop.save(tmp_path / "a") / name
     file.write_bytes(change(file.read_bytes()))
@@ -160,6 +170,11 @@ def test_bad_input_is_named(shop):
                        (lambda: shop.recommend([]), "empty"), (lambda: shop.recommend("u1", unknown="popluar"), "'popular'"), (lambda: shop.fold_in(["i1", "zz"]), "'zz'"), (lambda: shop.recommend_idx([9]), "expected 0 to 8"),
                        (lambda: shop.with_item("i1", [0, 0]), "exists already"), (lambda: shop.fold_in([], review_emb=[np.nan, 1]), "finite")]:
         with pytest.raises(UserError, match=says): call()
+
+
+def test_numbers_of_numpy_are_ids_too(shop):
+    same = dataclasses.replace(shop, user_ids=np.arange(9).astype(str).astype(object), item_ids=np.arange(30).astype(str).astype(object))
+    assert same.recommend(np.int64(3), k=4).equals(same.recommend("3", k=4)) and same.similar_items(np.int64(7), k=3).equals(same.similar_items("7", k=3))
 
 
 def test_all_seen_gives_no_rows_and_invents_nothing(shop):
