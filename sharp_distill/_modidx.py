@@ -1059,7 +1059,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'sharp_distill.training.TrainConfig': ('training.html#trainconfig', 'sharp_distill/training.py'),
                                         'sharp_distill.training._learning_rate': ( 'training.html#_learning_rate',
                                                                                    'sharp_distill/training.py'),
-                                        'sharp_distill.training._log_sum': ('training.html#_log_sum', 'sharp_distill/training.py'),
                                         'sharp_distill.training._run_epoch': ('training.html#_run_epoch', 'sharp_distill/training.py'),
                                         'sharp_distill.training._snapshot': ('training.html#_snapshot', 'sharp_distill/training.py'),
                                         'sharp_distill.training._summed_in_order': ( 'training.html#_summed_in_order',

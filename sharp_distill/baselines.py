@@ -205,6 +205,7 @@ class PeerConfig(TrainConfig):
     patience: int = option(5, "validations without a better one before stopping", lo=1)
     reg: float = option(3e-3, "L2 weight on the rows of a batch", lo=0.)
     loss: str = option("bpr", "ranking loss", choices=("softmax", "bpr", "mse"))
+    batches: str = option("rows", "what a batch is cut from: rows in any order, or users in any order, each with all its rows", choices=("rows", "users"))
     n_negatives: int = option(256, "negatives shared by a batch; 0 takes the whole catalogue", lo=0)
     emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
     cosine: bool = option(False, "score by cosine instead of dot product")

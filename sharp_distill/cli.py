@@ -61,7 +61,7 @@ def _last_words(nb) -> str:
     return "".join(o.get("text", "") for o in nb.cells[-1].get("outputs", []) if o.output_type == "stream").strip()
 
 
-def run_notebook(name: str, given: dict, # Parameters that differ from the defaults
+def run_notebook(name: str, given: dict, # Parameters that were given
                  out: Path) -> str: # What its last cell said
     "Execute a run notebook and keep the executed copy."
     folder = notebook_folder()
@@ -79,13 +79,14 @@ def make_command(name: str, parameters: list): # As from `notebook_parameters`
     def command(ctx, **values):
         given = {k: v for k, v in values.items() if ctx.get_parameter_source(k).name != "DEFAULT"} # a default's folder is the notebooks' own
         folder = Path(given["output_dir"]) if "output_dir" in given else notebook_folder().parent / "outputs"
-        out = given.pop("notebook", "") or folder / "notebooks" / f"{name}.ipynb"
-        said = run_notebook(name, given, Path(out).expanduser().resolve())
-        typer.echo(f"{said}\n(figures and tables: {Path(out).resolve()})")
+        out = Path(given.pop("notebook", "") or folder / "notebooks" / f"{name}.ipynb").expanduser().resolve()
+        typer.echo(f"{run_notebook(name, given, out)}\n(figures and tables: {out})")
     options = [(p["name"], type(p["default"]), typer.Option(*option_names(p["name"], p["default"]), help=p["help"]), p["default"]) for p in parameters]
     options.append(("notebook", str, typer.Option("--notebook", help="where the executed notebook is kept; empty: below the output folder"), ""))
-    command.__signature__ = inspect.Signature([inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context), *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[t, o], default=d) for n, t, o, d in options)])
-    command.__annotations__ = {"ctx": typer.Context} | {n: Annotated[t, o] for n, t, o, _ in options}
+    kinds = {"ctx": typer.Context} | {n: Annotated[t, o] for n, t, o, _ in options}
+    defaults = {n: d for n, _, _, d in options}
+    command.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=t, default=defaults.get(n, inspect.Parameter.empty)) for n, t in kinds.items()])
+    command.__annotations__ = kinds
     command.__doc__ = COMMANDS[name]
     return command
 

@@ -9,7 +9,7 @@ __all__ = ['SCALES', 'ITEM_RIDGE', 'DistillConfig', 'soft_label_loss', 'SoftTarg
            'fidelity', 'freeze_student', 'draw_items', 'distill']
 
 # %% ../nbs/09_distillation.ipynb #5eec0208
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -32,7 +32,6 @@ class DistillConfig(StudentConfig, TrainConfig):
     lr: float = option(.03, "Adam learning rate", lo=0.)
     lr_schedule: str = option("cosine", "cosine: falls to 0 along half a wave over the epochs", choices=("constant", "cosine"))
     batch_size: int = option(512, "users a step (train interactions where there is no teacher)", lo=1)
-    batches: str = option("users", "what a batch is cut from without a teacher: rows in any order, or users in any order, each with all its rows", choices=("rows", "users"))
     epochs: int = option(60, "most passes over the users", lo=0)
     patience: int = option(60, "validations without a better one before stopping; the falling learning rate needs its whole way", lo=1)
     chosen_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, or validation NDCG@10", choices=("fidelity", "validation"))
@@ -295,11 +294,11 @@ def fidelity(score, # user_idx -> [B, I]
 
 # %% ../nbs/09_distillation.ipynb #63f6dc65
 def freeze_student(model: StudentModule, train, split, reviews, **facts) -> StudentState:
-    "Copy a student's present rows and maps into a state; new items get the map that best tells the present rows from their text."
+    "Copy a student's present rows and maps into a state."
     array = lambda t: t.detach().cpu().numpy().copy()
     with torch.no_grad(): zu, zi = model()
     degree = np.asarray(train.sum(0)).ravel().astype(np.int64)
-    return StudentState(array(zu), array(zi), array(model.message), array(model.user_map), ridge_map(array(model.x_item), array(zi), ITEM_RIDGE), degree,
+    return StudentState(array(zu), array(zi), array(model.message), array(model.user_map), array(model.item_map), degree,
                         {k: array(v) for k, v in model.head.items()}, model.cfg, split.sha, reviews.encoder, **facts)
 
 
@@ -335,4 +334,5 @@ def distill(teacher: TeacherState | None, # None: hard labels only
         rows = (some, some) if teacher else (split.train.user_idx, split.train.item_idx)
         history = fit(model, rows, taught if teacher else untaught, validate, cfg, checkpoint, "student")
     valid = dict(start=start, student=ndcg(), best_epoch=history.best_epoch, **(dict(fidelity=asked()) if teacher else {}))
-    return freeze_student(model, train, split, reviews, valid=valid, train_s=t.s, history=history)
+    state = freeze_student(model, train, split, reviews, valid=valid, train_s=t.s, history=history)
+    return replace(state, item_map=ridge_map(model.x_item.cpu().numpy(), state.item_emb, ITEM_RIDGE)) # new items: what best tells the finished rows from their text

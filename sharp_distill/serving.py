@@ -573,10 +573,10 @@ def _check_folder(folder: Path, checksum: bool) -> dict: # The content of recomm
     if about.get("format") != FORMAT: raise UserError(f"{folder} has format {about.get('format')!r}: expected {FORMAT!r}.")
     if about.get("version") != VERSION: raise UserError(f"{folder} has format version {about.get('version')}: this package reads version {VERSION}; save it again with a matching package.")
     facts, files = about.get("facts"), about.get("files")
-    if not isinstance(facts, dict) or not isinstance(files, dict) or not all({"bytes", "sha256"} <= set(files.get(n, ())) for n in FILES):
+    if not isinstance(facts, dict) or not isinstance(files, dict) or not all(isinstance(files.get(n), dict) and {"bytes", "sha256"} <= files[n].keys() for n in FILES):
         raise UserError(f"{folder / 'recommender.json'} is not as `save` wrote it: expected facts, and size and checksum of {' and '.join(FILES)}; copy the folder again.")
-    for name, wanted in files.items():
-        path = folder / name
+    for name in FILES:
+        path, wanted = folder / name, files[name]
         if not path.exists() or path.stat().st_size != wanted["bytes"]:
             raise UserError(f"{path} has {path.stat().st_size if path.exists() else 'no'} bytes: expected {wanted['bytes']}; the file was cut off, copy the folder again.")
         if checksum and _file_facts(path)["sha256"] != wanted["sha256"]: raise UserError(f"{path} does not match its checksum: it was changed after saving; copy the folder again.")

@@ -59,7 +59,6 @@ class HGNN(nn.Module):
 @dataclass(frozen=True)
 class TeacherConfig(TrainConfig):
     "Options of the teacher."
-    batches: str = option("users", "what a batch is cut from: rows in any order, or users in any order, each with all its rows", choices=("rows", "users"))
     emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
     n_layers: int = option(3, "hypergraph steps", lo=0, hi=16)
     layer: str = option("linear", "relu is equation (3) as written", choices=("linear", "relu"))

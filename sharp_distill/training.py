@@ -37,7 +37,7 @@ class TrainConfig(Config):
     eval_every: int = option(1, "epochs between validations", lo=1)
     reg: float = option(1e-3, "L2 weight on the embeddings of a batch (README: reg_lambda)", lo=0.)
     loss: str = option("softmax", "ranking loss", choices=("softmax", "bpr", "mse"))
-    batches: str = option("rows", "what a batch is cut from: rows in any order, or users in any order, each with all its rows", choices=("rows", "users"))
+    batches: str = option("users", "what a batch is cut from: rows in any order, or users in any order, each with all its rows", choices=("rows", "users"))
     n_negatives: int = option(0, "negatives shared by a batch; 0 takes the whole catalogue", lo=0)
     precision: str = option("float32", "arithmetic of the forward pass", choices=("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, batches and negatives", lo=0)
@@ -60,22 +60,19 @@ def bpr_loss(pos, neg): # [B], [B, n]
     return (F.softplus(-gap) * kept).sum() / kept.sum().clamp(min=1)
 
 
-def sampled_softmax_loss(pos, neg): # [B], [B, n]
+def sampled_softmax_loss(pos, neg, # [B], [B, n]; with `at` [G, n]
+                         at=slice(None)): # int64 [B], the row of `neg` for each of `pos`
     "Return the cross-entropy of the chosen item among itself and the negatives."
-    return (torch.logaddexp(pos, _log_sum(neg)) - pos).mean()
-
-
-def _log_sum(neg): # [B, n] -> [B]; finite, with a finite gradient, where a whole row is masked
-    return torch.logsumexp(neg.clamp(min=-1e30), 1)
+    every = torch.logsumexp(neg.clamp(min=-1e30), 1) # finite, with a finite gradient, where a whole row is masked
+    return (torch.logaddexp(pos, every[at]) - pos).mean()
 
 # %% ../nbs/06_training.ipynb #37310e5a
 def ranking_loss(name: str, # "softmax", "bpr" or "mse"
                  pos, neg, # [B], [B, n]; with `at` [G, n]
-                 at=None): # int64 [B], the row of `neg` for each of `pos`; None: one each
+                 at=slice(None)): # int64 [B], the row of `neg` for each of `pos`
     "Return the loss of that name."
-    if at is not None and name == "softmax": return (torch.logaddexp(pos, _log_sum(neg)[at]) - pos).mean()
-    if at is not None: neg = neg[at]
-    return {"softmax": sampled_softmax_loss, "bpr": bpr_loss, "mse": mse_loss}[name](pos, neg)
+    if name == "softmax": return sampled_softmax_loss(pos, neg, at)
+    return {"bpr": bpr_loss, "mse": mse_loss}[name](pos, neg[at])
 
 
 def l2_penalty(*embeddings): # Each [B, d]
