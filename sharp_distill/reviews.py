@@ -4,11 +4,15 @@
 
 # %% auto #0
 __all__ = ['ReviewEmbeddings', 'ReviewTexts', 'train_reviews', 'pooling_matrix', 'review_weights', 'count_words', 'sum_rows',
-           'kept_words', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'reduce_rows', 'spread_of', 'between_items',
-           'finish_vectors', 'pool_reviews', 'encode_neural', 'fuse', 'shuffle_rows', 'encode_reviews']
+           'kept_words', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'text_axes', 'spread_of', 'between_items',
+           'finish_vectors', 'pool_reviews', 'WordReader', 'NeuralReader', 'TextReader', 'pack_reader', 'unpack_reader',
+           'encode_words', 'encode_neural', 'fuse', 'shuffle_rows', 'encode_reviews']
 
 # %% ../nbs/05_reviews.ipynb #160d8b34
-from dataclasses import dataclass
+import functools
+import re
+from collections import Counter
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +30,7 @@ class ReviewEmbeddings:
     item: np.ndarray # float32 [I, d_t]
     encoder: str # The name it was asked for
     split_sha: str # Of the split whose train part was read
+    reader: object = field(default=None, repr=False, compare=False) # A `TextReader` for texts to come; None for controls
 
     @property
     def n_dims(self) -> int: return self.item.shape[1]
@@ -106,22 +111,23 @@ def kept_words(item_counts, cfg: ReviewConfig) -> np.ndarray: # bool [V]
     return keep if n_docs >= 50 and keep.any() else df > 0
 
 
-def weigh_words(item_counts, user_counts) -> tuple: # user csr [U, V], item csr [I, V]; rows of unit length or empty
+def weigh_words(item_counts, user_counts) -> tuple: # user csr [U, V], item csr [I, V], rows of unit length or empty; rarity float32 [V]
     "Turn counts into TF-IDF rows; how rare a word is comes from the items."
     from sklearn.feature_extraction.text import TfidfTransformer
-    if not item_counts.nnz: return user_counts, item_counts
+    if not item_counts.nnz: return user_counts, item_counts, np.ones(item_counts.shape[1], np.float32)
     weigh = TfidfTransformer(sublinear_tf=True).fit(item_counts[np.diff(item_counts.indptr) > 0])
-    return weigh.transform(user_counts).tocsr(), weigh.transform(item_counts).tocsr()
+    return weigh.transform(user_counts).tocsr(), weigh.transform(item_counts).tocsr(), weigh.idf_.astype(np.float32)
 
 # %% ../nbs/05_reviews.ipynb #95b5b25d
-def tfidf_rows(split, cfg: ReviewConfig = ReviewConfig()) -> tuple: # user csr float32 [U, V], item csr float32 [I, V]
+def tfidf_rows(split, cfg: ReviewConfig = ReviewConfig()) -> tuple: # user csr float32 [U, V], item csr [I, V], words [V], rarity float32 [V]
     "Compute the unreduced TF-IDF rows of users and items."
     texts = train_reviews(split)
-    counts, _ = count_words(texts)
+    counts, words = count_words(texts)
     items = sum_rows(texts.item_idx, texts.n_items, counts).tocsr()
     keep = kept_words(items, cfg)
     users = sum_rows(texts.user_idx, texts.n_users, counts).tocsr()
-    return weigh_words(items[:, keep], users[:, keep])
+    users, items, rarity = weigh_words(items[:, keep], users[:, keep])
+    return users, items, words[keep], rarity
 
 
 def item_tfidf(split, cfg: ReviewConfig = ReviewConfig()) -> sp.csr_matrix: # float32 [I, V]
@@ -129,14 +135,11 @@ def item_tfidf(split, cfg: ReviewConfig = ReviewConfig()) -> sp.csr_matrix: # fl
     return tfidf_rows(split, cfg)[1]
 
 # %% ../nbs/05_reviews.ipynb #aae15b05
-def reduce_rows(users, items, cfg: ReviewConfig) -> tuple: # float32 [U, n_dims], float32 [I, n_dims]
-    "Project sparse rows on the items' strongest directions."
+def text_axes(items, cfg: ReviewConfig) -> np.ndarray: # csr [I, V] -> float32 [V, n_dims]
+    "Find the items' strongest directions among the words."
     from sklearn.decomposition import TruncatedSVD
-    out = [np.zeros((m.shape[0], cfg.n_dims), np.float32) for m in (users, items)]
-    k = min(cfg.n_dims, items.shape[1])
-    svd = TruncatedSVD(k, random_state=cfg.seed).fit(items) if items.shape[1] > cfg.n_dims else None
-    for target, rows in zip(out, (users, items)): target[:, :k] = svd.transform(rows) if svd else rows.toarray()
-    return tuple(out)
+    if items.shape[1] <= cfg.n_dims: return np.eye(items.shape[1], cfg.n_dims, dtype=np.float32)
+    return np.ascontiguousarray(TruncatedSVD(cfg.n_dims, random_state=cfg.seed).fit(items).components_.T, np.float32)
 
 # %% ../nbs/05_reviews.ipynb #f7b2de24
 def spread_of(vectors, weight, mean, block: int = 65_536) -> np.ndarray: # float64 [d, d]
@@ -178,18 +181,118 @@ def pool_reviews(vectors, column, row_idx, n_rows: int, weight, mean, turn) -> n
     if turn is not None: rows = rows @ turn
     return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-8)).astype(np.float32)
 
+# %% ../nbs/05_reviews.ipynb #c46e753e
+_WORD = re.compile(r"(?u)\b\w\w+\b") # as `count_words` cuts
+
+
+@dataclass(frozen=True, eq=False)
+class WordReader:
+    "Reads texts as TF-IDF did: the words, their rarity and their directions of the train part."
+    words: tuple # [V] str
+    rarity: np.ndarray # float32 [V]
+    turn: np.ndarray # float32 [V, d_t]
+
+    @property
+    def n_dims(self) -> int: return self.turn.shape[1]
+    @functools.cached_property
+    def _column(self) -> dict: return {w: j for j, w in enumerate(self.words)}
+
+    def read(self, texts: list) -> np.ndarray: # float32 [d_t]; zeros where no word is known
+        "Weigh the known words of one user's or item's texts."
+        count = Counter(self._column[w] for w in _WORD.findall(" ".join(texts).lower()) if w in self._column)
+        if not count: return np.zeros(self.n_dims, np.float32)
+        at, n = np.array(list(count)), np.array(list(count.values()), np.float32)
+        row = (1 + np.log(n)) * self.rarity[at]
+        return row / np.linalg.norm(row) @ self.turn[at]
+
+# %% ../nbs/05_reviews.ipynb #f39272cb
+@dataclass(frozen=True, eq=False)
+class NeuralReader:
+    "Reads texts through a transformers encoder, centred and turned as the train reviews were."
+    encoder: str # As it was asked for
+    sha: str # Of its files and options
+    config: ReviewConfig
+    mean: np.ndarray # float32 [d_t]
+    turn: np.ndarray | None = None # float32 [d_t, d_t]
+
+    @property
+    def n_dims(self) -> int: return len(self.mean)
+    @functools.cached_property
+    def _parts(self) -> tuple: # tokenizer, model; loaded at the first text
+        folder = find_encoder(self.encoder)
+        if encoder_sha(folder, self.config) != self.sha:
+            raise UserError(f"encoder {Path(self.encoder).name!r} has changed since the student learned from it: expected the same files; restore them, or train again.")
+        return ready_encoder(str(folder), self.config)
+
+    def read(self, texts: list) -> np.ndarray: # float32 [d_t], of unit length; zeros without text
+        "Pool one user's or item's texts."
+        if not texts: return np.zeros(self.n_dims, np.float32)
+        at = np.zeros(len(texts), np.int64)
+        weight = review_weights(ReviewTexts(texts, at, at, at - 1, 1, 1), at, self.config)
+        row = (weight @ encode_texts(texts, *self._parts, self.config) / weight.sum()).astype(np.float32) - self.mean
+        if self.turn is not None: row = row @ self.turn
+        return row / max(np.linalg.norm(row), 1e-8)
+
+# %% ../nbs/05_reviews.ipynb #0a4bad45
+@dataclass(frozen=True, eq=False)
+class TextReader:
+    "Turns the reviews of one user or item, new ones included, into the vector that the student expects."
+    parts: tuple # `WordReader` or `NeuralReader`, side by side
+    scales: tuple = (1.,) # What each part's vector is multiplied with
+
+    @property
+    def n_dims(self) -> int: return sum(p.n_dims for p in self.parts)
+
+    def __call__(self, reviews) -> np.ndarray: # A text or several -> float32 [d_t]
+        "Read the reviews of one user or item."
+        texts = [t for t in map(clean_text, [reviews] if isinstance(reviews, str) else reviews) if t]
+        return np.concatenate([s * p.read(texts) for p, s in zip(self.parts, self.scales)]).astype(np.float32)
+
+
+def pack_reader(reader: TextReader) -> tuple: # facts for JSON, arrays by name
+    "Take a reader apart for storing."
+    facts, arrays = [], {}
+    for k, (part, scale) in enumerate(zip(reader.parts, reader.scales)):
+        values = {f.name: getattr(part, f.name) for f in fields(part)}
+        arrays |= {f"{k}.{n}": np.ascontiguousarray(v) for n, v in values.items() if isinstance(v, np.ndarray)}
+        rest = {n: v.to_dict() if n == "config" else v for n, v in values.items() if not isinstance(v, np.ndarray)}
+        facts.append(dict(kind=type(part).__name__, scale=float(scale), **rest))
+    return facts, arrays
+
+
+def unpack_reader(facts: list, arrays: dict) -> TextReader:
+    "Put a stored reader together."
+    parts, kinds = [], dict(WordReader=WordReader, NeuralReader=NeuralReader)
+    for k, values in enumerate(facts):
+        values = {n: v for n, v in values.items() if n not in ("kind", "scale")}
+        if "config" in values: values["config"] = ReviewConfig.from_dict(values["config"])
+        if "words" in values: values["words"] = tuple(values["words"])
+        parts.append(kinds[facts[k]["kind"]](**values, **{n.split(".", 1)[1]: a for n, a in arrays.items() if n.startswith(f"{k}.")}))
+    return TextReader(tuple(parts), tuple(f["scale"] for f in facts))
+
 # %% ../nbs/05_reviews.ipynb #df7f84cb
-def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d], float32 [I, d]
+def encode_words(split, cfg: ReviewConfig) -> tuple: # float32 [U, n_dims], float32 [I, n_dims], WordReader
+    "Reduce the TF-IDF rows of users and items."
+    users, items, words, rarity = tfidf_rows(split, cfg)
+    turn = text_axes(items, cfg)
+    return users @ turn, items @ turn, WordReader(tuple(map(str, words)), rarity, turn)
+
+
+def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d], float32 [I, d], NeuralReader
     "Encode train reviews with a transformers encoder and pool them."
     folder, texts, loaded = find_encoder(name), train_reviews(split), []
+    sha = encoder_sha(folder, cfg)
     def encode(block):
         if not loaded: loaded.append(ready_encoder(str(folder), cfg))
         return encode_texts(block, *loaded[0], cfg)
-    if not len(texts): return tuple(np.zeros((n, hidden_size(folder)), np.float32) for n in (texts.n_users, texts.n_items))
-    vectors, column = cached_vectors(cache_dir("reviews", encoder_sha(folder, cfg)), texts.text, encode)
+    if not len(texts):
+        zeros = lambda *shape: np.zeros((*shape, hidden_size(folder)), np.float32)
+        return zeros(texts.n_users), zeros(texts.n_items), NeuralReader(name, sha, cfg, zeros())
+    vectors, column = cached_vectors(cache_dir("reviews", sha), texts.text, encode)
     mean, turn = finish_vectors(vectors, column, texts.item_idx, cfg.finish)
-    return tuple(pool_reviews(vectors, column, row, n, review_weights(texts, row, cfg), mean, turn)
-                 for row, n in ((texts.user_idx, texts.n_users), (texts.item_idx, texts.n_items)))
+    rows = (pool_reviews(vectors, column, row, n, review_weights(texts, row, cfg), mean, turn)
+            for row, n in ((texts.user_idx, texts.n_users), (texts.item_idx, texts.n_items)))
+    return *rows, NeuralReader(name, sha, cfg, mean, turn)
 
 # %% ../nbs/05_reviews.ipynb #f2e80959
 def fuse(a: ReviewEmbeddings, b: ReviewEmbeddings, # Of the same split
@@ -203,7 +306,8 @@ def fuse(a: ReviewEmbeddings, b: ReviewEmbeddings, # Of the same split
         return 1 / max(length[length > 0].mean() if (length > 0).any() else 1., 1e-12)
     fa, fb = np.sqrt(1 - weight) * scale(a), np.sqrt(weight) * scale(b)
     join = lambda x, y: np.concatenate([x * fa, y * fb], axis=1).astype(np.float32)
-    return ReviewEmbeddings(join(a.user, b.user), join(a.item, b.item), f"{a.encoder}+{b.encoder}", a.split_sha)
+    both = a.reader and b.reader and TextReader(a.reader.parts + b.reader.parts, tuple(float(f * s) for f, z in ((fa, a), (fb, b)) for s in z.reader.scales))
+    return ReviewEmbeddings(join(a.user, b.user), join(a.item, b.item), f"{a.encoder}+{b.encoder}", a.split_sha, both)
 
 
 def shuffle_rows(z: ReviewEmbeddings, seed: int = 0) -> ReviewEmbeddings: # Same rows, wrong owners
@@ -223,7 +327,7 @@ def encode_reviews(split, # Only `split.train` and `split.sha` are read
     if "+" in encoder and not Path(encoder).is_dir():
         a, b = encoder.split("+", 1)
         return fuse(encode_reviews(split, a, cfg), encode_reviews(split, b, cfg), cfg.fusion_weight)
-    if encoder == "none": user, item = (np.zeros((n, cfg.n_dims), np.float32) for n in (split.train.n_users, split.train.n_items))
-    elif encoder == "tfidf": user, item = reduce_rows(*tfidf_rows(split, cfg), cfg)
-    else: user, item = encode_neural(split, encoder, cfg)
-    return ReviewEmbeddings(user, item, encoder, split.sha)
+    if encoder == "none":
+        return ReviewEmbeddings(*(np.zeros((n, cfg.n_dims), np.float32) for n in (split.train.n_users, split.train.n_items)), encoder, split.sha)
+    user, item, part = encode_words(split, cfg) if encoder == "tfidf" else encode_neural(split, encoder, cfg)
+    return ReviewEmbeddings(user, item, encoder, split.sha, TextReader((part,)))

@@ -33,16 +33,15 @@ def finished(tmp_path_factory):
     return folder, str(books.user_id.iloc[0])
 
 
-@pytest.mark.parametrize("encoder", ["tfidf", "shipped"])
+@pytest.mark.parametrize("encoder", ["tfidf", "shipped", "tfidf+shipped"])
 def test_new_texts_are_read_as_in_training(encoder):
     import numpy as np
     from sharp_distill.data import make_sample
-    from sharp_distill.explorer import text_reader
     from sharp_distill.reviews import encode_reviews, train_reviews
     from sharp_distill.split import make_split
     split = make_split(make_sample(n_users=60, n_items=40), "random", 0)
-    rows, texts, read = encode_reviews(split, encoder).user, train_reviews(split), text_reader(split, encoder)
-    for u in range(8): assert np.allclose(read([texts.text[j] for j in np.flatnonzero(texts.user_idx == u)]), rows[u], atol=2e-3), u
+    coded, texts = encode_reviews(split, encoder), train_reviews(split)
+    for u in range(8): assert np.allclose(coded.reader([texts.text[j] for j in np.flatnonzero(texts.user_idx == u)]), coded.user[u], atol=2e-3), u
 
 
 def test_pages_escape_what_the_data_holds(finished, monkeypatch):
