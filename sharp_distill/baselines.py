@@ -307,10 +307,11 @@ BASELINES = {
     "ease": Method(fit_ease, dict(reg=(10, 5000, "log"))),
     "ease+text": Method(fit_text_ease, dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")), text=True),
     "slim": Method(fit_slim, dict(l1=(.01, 10, "log"), l2=(1, 500, "log"))),
-    "ials": Method(fit_ials, dict(reg=(.3, 100, "log"), alpha=(1, 50, "log"), epochs=(5, 40, "int"))),
-    "bprmf": Method(fit_bprmf, dict(lr=(.01, .3, "log"), reg=(.001, .2, "log"), epochs=(20, 400, "log"))),
+    "ials": Method(fit_ials, dict(emb_dim=(64, 128), reg=(.3, 100, "log"), alpha=(1, 50, "log"), epochs=(5, 40, "int"))),
+    "bprmf": Method(fit_bprmf, dict(emb_dim=(64, 128), lr=(.01, .3, "log"), reg=(.001, .2, "log"), epochs=(20, 400, "log"))),
     "lightgcn": Method(_lightgcn, dict(lr=(.003, .05, "log"), reg=(1e-4, .05, "log"), n_layers=(1, 4, "int"),
-                                       loss=("bpr", "softmax"), cosine=(False, True), temperature=(.1, 1, "log")), config=LightGCNConfig),
+                                       loss=("bpr", "softmax"), cosine=(False, True), temperature=(.1, 1, "log"),
+                                       emb_dim=(64, 128), n_negatives=(256, 0)), config=LightGCNConfig),
 }
 
 # %% ../nbs/10_baselines.ipynb #e3534570

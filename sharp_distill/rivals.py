@@ -331,20 +331,21 @@ def _method(fit, Config, space, text=False): # A fit function, its options and w
     return Method(fitted, space, text, Config)
 
 # %% ../nbs/10_rivals.ipynb #96c38b1a
-_RATES = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"))
+_RATES = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), n_negatives=(256, 0))
+_WIDTH = dict(emb_dim=(64, 128))
 RIVALS = {
     "lightgcn+text": _method(fit_text_lightgcn, LightGCNConfig, dict(
-        _RATES, n_layers=(1, 4, "int"), loss=("bpr", "softmax"), cosine=(False, True), temperature=(.1, 1, "log")), True),
+        _RATES, **_WIDTH, n_layers=(1, 4, "int"), loss=("bpr", "softmax"), cosine=(False, True), temperature=(.1, 1, "log")), True),
     "alpharec": _method(fit_alpharec, AlphaRecConfig, dict(
-        _RATES, n_layers=(1, 3, "int"), temperature=(.05, .5, "log")), True),
+        _RATES, **_WIDTH, n_layers=(1, 3, "int"), temperature=(.05, .5, "log")), True),
     "hccf": _method(fit_hccf, HCCFConfig, dict(
-        _RATES, n_layers=(1, 3, "int"), contrast=(1e-5, .01, "log"), n_edges=(1, 128, "log"))),
+        _RATES, **_WIDTH, n_layers=(1, 3, "int"), contrast=(1e-5, .01, "log"), n_edges=(1, 128, "log"))),
     "hgatt": _method(fit_hgatt, HGAttConfig, dict(
-        _RATES, n_layers=(1, 3, "int"), loss=("bpr", "softmax"))),
+        _RATES, **_WIDTH, n_layers=(1, 3, "int"), loss=("bpr", "softmax"))),
     "simrec": _method(fit_simrec, SimRecConfig, dict(
         _RATES, kd_weight=(.1, 10, "log"), align_weight=(1e-3, .1, "log"))),
     "lighthgnn": _method(fit_lighthgnn, LightHGNNConfig, dict(
-        _RATES, kd_weight=(.1, .95, "linear"), kd_temp=(.5, 8, "log")), True),
+        _RATES, **_WIDTH, kd_weight=(.1, .95, "linear"), kd_temp=(.5, 8, "log")), True),
 }
 
 # %% ../nbs/10_rivals.ipynb #0d98250e

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['UNTAUGHT', 'TEACHER', 'BOARD', 'KIND_STYLE', 'Budget', 'BoardData', 'board_name', 'board_data', 'Entry',
            'tuned_lightgcn', 'fitted_filter', 'tuned_teacher', 'entry_of', 'space_frame', 'suggest', 'first_setting',
-           'open_study', 'finished', 'spent_s', 'wants_more', 'tune', 'chosen', 'strata_rows', 'board_row',
-           'options_of', 'board_path', 'read_board', 'put_rows', 'save_per_user', 'mean_result', 'by_model',
-           'board_tests', 'search_row', 'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board', 'refit_row',
-           'BoardConfig', 'model_names', 'board_frame', 'metric_frame', 'stratum_frame', 'best_of', 'verdicts',
-           'plot_board', 'plot_search', 'plot_groups']
+           'open_study', 'finished', 'spent_s', 'wants_more', 'for_newcomers', 'tune', 'chosen', 'strata_rows',
+           'board_row', 'options_of', 'board_path', 'read_board', 'put_rows', 'save_per_user', 'mean_result',
+           'by_model', 'board_tests', 'search_row', 'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board',
+           'refit_row', 'BoardConfig', 'model_names', 'board_frame', 'metric_frame', 'stratum_frame', 'best_of',
+           'verdicts', 'plot_board', 'plot_search', 'plot_groups']
 
 # %% ../nbs/10_tuning.ipynb #758dfa2d
 import time
@@ -120,6 +120,7 @@ def _rival(name: str) -> Entry:
     method, taught = RIVALS[name], name in ("simrec", "lighthgnn")
     def fit(data, options, seed, watch):
         teacher = tuned_lightgcn(data, seed) if taught else None
+        if name == "simrec": options = dict(options, emb_dim=teacher.user_emb.shape[1]) # it copies its teacher's width
         return fit_rival(name, data.split, data.reviews, teacher, watch, seed=seed, batch_size=data.batch_size, **options)
     ready = tuned_lightgcn if taught else lambda data, seed: None
     return Entry(fit, method.space, method.defaults(), True, "text" if method.text else "ids", ready)
@@ -159,6 +160,12 @@ def _fit_filter(data, options, seed, watch):
     (B, _, found), seconds = fitted_filter(data)
     return item_scorer("filter", data.split, B, seconds, found)
 
+
+def _fit_timeless(data, options, seed, watch):
+    "Fit the same filter without sessions, so that no time is read."
+    with Stopwatch() as t: B, _, found = fit_filter(data.split, data.reviews)
+    return item_scorer("filter_no_sessions", data.split, B, t.s, found)
+
 # %% ../nbs/10_tuning.ipynb #fa69951e
 def _student(name: str, space: dict, **fixed) -> Entry: # `fixed`: options of the controls, which no teacher sees
     "Put the student or one of its controls on the board."
@@ -176,6 +183,7 @@ BOARD = {
     **{n: _rival(n) for n in RIVALS},
     "student_id": _student("student_id", dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), use_text=False, **UNTAUGHT),
     "student_no_kd": _student("student_no_kd", dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), **UNTAUGHT),
+    "filter_no_sessions": Entry(_fit_timeless, {}, {}, False, "ours"),
     "filter": Entry(_fit_filter, {}, {}, False, "ours"),
     "teacher": _teacher(dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"))),
     "student": _student("student", dict(lr=(.01, .06, "log"), emphasis=(1., 2.5, "linear"), init_ridge=(.003, .3, "log"))),
@@ -245,6 +253,19 @@ def wants_more(study, entry: Entry, budget: Budget) -> bool:
     n = len(finished(study))
     return n < (budget.n_trials if entry.space else 1) and (n == 0 or spent_s(study) < budget.tune_s)
 
+# %% ../nbs/10_tuning.ipynb #d34bed7c
+def for_newcomers(scorer: Scorer, split: Split) -> Scorer: # The same scorer where everybody has a train row
+    "Let users without a train row see popular items, whichever the model."
+    train = split.train.to_csr()
+    new = np.diff(train.indptr) == 0
+    if not new.any(): return scorer
+    popular = np.asarray(train.sum(0), np.float32).ravel()
+    def score(user_idx):
+        rows = np.array(scorer(user_idx), np.float32)
+        rows[new[user_idx]] = popular
+        return rows
+    return replace(scorer, score=score, user_emb=None, item_emb=None)
+
 # %% ../nbs/10_tuning.ipynb #198e696f
 def tune(name: str, data: BoardData, budget: Budget = Budget(), folder=None, until: float = np.inf): # `until`: time.time()
     "Search one model's options on validation NDCG@10, from where its study stopped."
@@ -254,7 +275,7 @@ def tune(name: str, data: BoardData, budget: Budget = Budget(), folder=None, unt
         def watch(step, value):
             trial.report(value, step)
             if trial.should_prune(): raise optuna.TrialPruned
-        scorer = entry.fit(data, suggest(trial, entry), budget.seed, watch)
+        scorer = for_newcomers(entry.fit(data, suggest(trial, entry), budget.seed, watch), data.split)
         return evaluate(scorer, data.split, "valid", ks=(10,)).mean("NDCG@10")
     if wants_more(study, entry, budget): entry.ready(data, budget.seed)
     if not finished(study): study.enqueue_trial(first_setting(entry), skip_if_exists=True)
@@ -367,12 +388,13 @@ def write_tests(folder, data: BoardData, rows: list, searches: dict, against: st
     "Write what belongs to a board and is not a row."
     path, split = Path(folder) / f"{data.name}.tests.json", data.split
     old = read_json(path) if path.exists() else {}
-    spaces = {n: {o: list(s) for o, s in e.space.items()} for n, e in BOARD.items()}
+    spaces = {n: {o: list(s) for o, s in entry_of(n).space.items()} for n in searches} # as they were searched
     out = dict(dataset=data.name, split=dict(protocol=split.protocol, seed=split.seed, sha=split.sha, n_users=split.n_users,
                n_items=split.n_items, train=len(split.train), valid=len(split.valid), test=len(split.test)),
                encoder=data.reviews.encoder, second_encoder=data.second, batch_size=data.batch_size, metric="NDCG@10", against=against,
-               searches=old.get("searches", {}) | searches, spaces=spaces,
-               tests=board_tests(data, rows, against) or old.get("tests", []), versions=versions(), machine=machine())
+               searches=old.get("searches", {}) | searches, spaces=old.get("spaces", {}) | spaces,
+               tests=board_tests(data, rows, against) or old.get("tests", []),
+               teacher_tests=board_tests(data, rows, "teacher") or old.get("teacher_tests", []), versions=versions(), machine=machine())
     write_json(path, out)
     return out
 
@@ -391,7 +413,7 @@ def run_model(name: str, data: BoardData, budget: Budget, folder, until: float =
     rows = read_json(board_path(folder, data.name)) if board_path(folder, data.name).exists() else []
     for seed in missing_seeds(rows, name, options, budget):
         if time.time() > until: return None
-        row, result = board_row(name, entry.fit(data, options, seed, None), data, seed, options)
+        row, result = board_row(name, for_newcomers(entry.fit(data, options, seed, None), data.split), data, seed, options)
         save_per_user(data, row, result)
         put_rows(folder, data.name, [row])
     return search_row(study, budget)
@@ -421,7 +443,8 @@ def run_board(data: BoardData, names=None, # Models; None: all
 def refit_row(data: BoardData, row: dict) -> dict: # A row
     "Fit a stored row's model again with its options and seed."
     name, options = row["model"], options_of(row)
-    return board_row(name, entry_of(name).fit(data, options, row["seed"], None), data, row["seed"], options)[0]
+    scorer = for_newcomers(entry_of(name).fit(data, options, row["seed"], None), data.split)
+    return board_row(name, scorer, data, row["seed"], options)[0]
 
 # %% ../nbs/10_tuning.ipynb #bb82fc8a
 @dataclass(frozen=True)
@@ -479,7 +502,8 @@ def best_of(rows: list, kinds=("ids", "text")) -> str: # The name of a model
     return frame[frame["kind"].isin(kinds)].index[0]
 
 # %% ../nbs/10_tuning.ipynb #b00e7cc9
-def verdicts(rows: list) -> pd.DataFrame: # question, figure, bar, holds
+def verdicts(rows: list, facts: dict = {}, # The board's tests file
+            ) -> pd.DataFrame: # question, figure, bar, p (Holm) of the difference, holds
     "Hold a board's means against the bars; questions about models that are not there are left out."
     mean = board_frame(rows)["mean"]
     best, rare = best_of(rows), stratum_frame(rows)
@@ -494,7 +518,9 @@ def verdicts(rows: list) -> pd.DataFrame: # question, figure, bar, holds
         ours, theirs = rare.loc["student", g], rare.loc[top, g]
         ratio = ours / theirs if theirs else np.inf if ours else np.nan # nobody placed one: not above
         out.append(dict(question=f"items with {g} train rows: student over the best id-only model", of="student", against=top, ratio=ratio, bar=1.))
+    p = {(who, t["model"]): t["p_holm"] for who, tests in (("student", "tests"), ("teacher", "teacher_tests")) for t in facts.get(tests, [])}
     table = pd.DataFrame(out, columns=["question", "of", "against", "ratio", "bar"])
+    table["p (Holm)"] = [np.nan if "train rows" in q["question"] else p.get((q["of"], q["against"]), np.nan) for q in out]
     return table.assign(holds=table["ratio"] >= table["bar"]).set_index("question")
 
 # %% ../nbs/10_tuning.ipynb #6ad198c1
