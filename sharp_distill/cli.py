@@ -51,6 +51,7 @@ def option_names(name: str, default) -> list: # ["--time-limit-s", "--time_limit
 def _absolute(name: str, value): # Paths that exist, and the folders that are written
     if name in ("output_dir", "board_dir"): return str(Path(value).expanduser().resolve())
     if name in ("dataset", "datasets", "encoder") and isinstance(value, str):
+        if Path(value).expanduser().is_file(): return str(Path(value).expanduser().resolve()) # a name with commas, too
         parts = [str(Path(v).expanduser().resolve()) if ("/" in v or "." in v) and Path(v).expanduser().exists() else v for v in value.split(",")]
         return ",".join(parts)
     return value
@@ -65,12 +66,15 @@ def run_notebook(name: str, given: dict, # Parameters that were given
                  out: Path) -> str: # What its last cell said
     "Execute a run notebook and keep the executed copy."
     folder = notebook_folder()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try: out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"no folder can be made at {out.parent} ({e.strerror}): expected a folder you can write to.") from None
     given = {k: _absolute(k, v) for k, v in given.items()}
-    try: nb = papermill.execute_notebook(str(folder / f"{name}.ipynb"), str(out), given, cwd=str(folder), kernel_name="python3", progress_bar=sys.stderr.isatty())
+    part = out.with_name(f"{out.stem}.unfinished.ipynb") # what stood at `out` stays until the run has ended well
+    try: nb = papermill.execute_notebook(str(folder / f"{name}.ipynb"), str(part), given, cwd=str(folder), kernel_name="python3", progress_bar=sys.stderr.isatty())
     except papermill.exceptions.PapermillExecutionError as e:
         line = e.evalue if e.ename == "UserError" else f"{e.ename}: {e.evalue}"
-        raise UserError(f"{line}\n(the executed notebook is {out})") from None
+        raise UserError(f"{line}\n(the notebook as far as it ran is {part})") from None
+    part.replace(out)
     return _last_words(nb)
 
 # %% ../nbs/17_cli.ipynb #11c2ad0a

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'ENCODING_HELP', 'PYTHON_STRING', 'ITEM_KEYS', 'TITLE_KEYS', 'pick_columns', 'id_text', 'unix_seconds',
-           'rating_numbers', 'review_text', 'Faults', 'tidy', 'check_file', 'open_bytes', 'sniff', 'line_blocks',
-           'parse_literal', 'parse_line', 'parse_slowly', 'parse_fast', 'json_names', 'json_chunks', 'csv_head',
-           'csv_chunks', 'next_chunk', 'BadEncoding', 'bad_encoding_line', 'parquet_chunks', 'safe_member',
+           'writes_day_first', 'rating_numbers', 'review_text', 'Faults', 'tidy', 'check_file', 'open_bytes', 'sniff',
+           'line_blocks', 'parse_literal', 'parse_line', 'parse_slowly', 'parse_fast', 'json_names', 'json_chunks',
+           'csv_head', 'csv_chunks', 'next_chunk', 'BadEncoding', 'bad_encoding_line', 'parquet_chunks', 'safe_member',
            'tar_members', 'zip_members', 'add_titles', 'RawTable', 'Coder', 'join_chunks', 'read_table']
 
 # %% ../nbs/01_1_files.ipynb #898d5f85
@@ -82,30 +82,52 @@ def id_text(values: pd.Series) -> pd.Series: # Text, or missing
 
 # %% ../nbs/01_1_files.ipynb #2a1ba47d
 def unix_seconds(values: pd.Series, # Numbers in any unit, dates, or text of either
+                 day_first: bool | None = None, # How 05/12/2016 is read; None: as `writes_day_first` finds
                 ): # int64[n] seconds with -1 for unknown, bool[n] for what could not be read
     "Turn times into unix seconds."
     if values.dtype.kind == "M":
         seconds = pd.to_datetime(values, utc=True).dt.tz_localize(None).to_numpy("datetime64[s]").astype("int64")
         return np.where(values.isna(), -1, seconds), np.zeros(len(values), bool)
     number = pd.to_numeric(values, errors="coerce").to_numpy(np.float64, na_value=np.nan, copy=True)
+    number = _spelled_dates(number)
     size = np.abs(number)
     for limit, unit in ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3)):
         number = np.where((size >= limit) & (size < limit * 1e3), number / unit, number)
     if values.dtype.kind in "iuf": return _whole(number), np.isinf(number)
     text = np.isnan(number) & (values.notna() & (values.astype(str).str.strip() != "")).to_numpy(bool)
-    if text.any(): number[text] = _dates(values[text])
+    if text.any(): number[text] = _dates(values[text].astype(str), day_first)
     return _whole(number), text & np.isnan(number) | np.isinf(number)
 
 # %% ../nbs/01_1_files.ipynb #5b3b8e31
 def _whole(number): return np.where(np.isfinite(number), number, -1).astype(np.int64)
 
 # %% ../nbs/01_1_files.ipynb #58dcacd0
-def _dates(values):
+def writes_day_first(text: pd.Series): # True, False, or None where nothing tells
+    "Tell whether a column writes 25/12/2016 or 12/25/2016."
+    if not len(text) or str(text.iloc[0])[:4].isdigit(): return None # ISO dates and unix times are not looked through
+    parts = text.astype(str).str.extract(r"^\s*(\d{1,2})([./-])(\d{1,2})[./-]\d{2,4}\b").dropna()
+    first, second = (parts[parts[k].astype(int) > 12] for k in (0, 2))
+    if len(first) and len(second):
+        raise UserError(f"the times put the day first ({text[first.index[0]]!r}) and the month first ({text[second.index[0]]!r}): expected one order; write YYYY-MM-DD.")
+    return True if len(first) else False if len(second) else True if (parts[1] == ".").any() else None
+
+
+def _spelled_dates(number):
+    "Turn numbers like 20160901 into seconds, where all of a column are such dates."
+    given = number[np.isfinite(number)]
+    if not len(given) or given.min() < 19000101 or given.max() > 21001231: return number
+    when = pd.to_datetime(pd.Series(number).astype("Int64").astype("string"), format="%Y%m%d", errors="coerce")
+    if when.notna().sum() < len(given): return number
+    return np.where(when.isna(), np.nan, when.to_numpy("datetime64[s]").astype("int64"))
+
+
+def _dates(text, day_first):
     "Read dates as float seconds, NaN where it cannot be done; the ISO form first, for it is fast."
-    when = pd.to_datetime(values.astype(str), format="ISO8601", errors="coerce", utc=True)
+    when = pd.to_datetime(text, format="ISO8601", errors="coerce", utc=True)
     left = when.isna()
-    other = values.astype(str).where(left)
-    if left.any(): when = when.where(~left, pd.to_datetime(other, format="mixed", errors="coerce", utc=True))
+    if left.any():
+        order = writes_day_first(text[left]) if day_first is None else day_first
+        when = when.where(~left, pd.to_datetime(text.where(left), format="mixed", dayfirst=bool(order), errors="coerce", utc=True))
     return np.where(when.isna(), np.nan, when.dt.tz_localize(None).to_numpy("datetime64[s]").astype("int64"))
 
 # %% ../nbs/01_1_files.ipynb #2409b3e6
@@ -133,6 +155,7 @@ class Faults:
     where: str = "row" # How a place is called: "line" or "row"
     count: int = 0 # Rows left out
     first: str = "" # The first of them, in words
+    day_first: bool | None = None # Whether the file writes the day first, once one of its pieces has told
 
     def add(self, place, what):
         "Note one fault, or stop."
@@ -149,7 +172,10 @@ def tidy(chunk: pd.DataFrame, # Piece of a file; its index holds line numbers
     "Give one piece of a file our names and types."
     out = {c: id_text(chunk[names[c]]) for c in ("user_id", "item_id")}
     bad = np.zeros(len(chunk), bool)
-    for ours, read in (("rating", rating_numbers), ("timestamp", unix_seconds)):
+    if faults.day_first is None and "timestamp" in names and chunk[names["timestamp"]].dtype.kind not in "iufM":
+        faults.day_first = writes_day_first(chunk[names["timestamp"]])
+    def times(values): return unix_seconds(values, faults.day_first)
+    for ours, read in (("rating", rating_numbers), ("timestamp", times)):
         if ours not in names: continue
         out[ours], unread = read(chunk[names[ours]])
         for row in np.flatnonzero(unread & ~bad):

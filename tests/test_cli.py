@@ -65,6 +65,19 @@ def test_a_run_from_the_shell(tmp_path):
 
 def test_mistakes(app, tmp_path):
     assert SHELL.invoke(app, ["ablation", "--componnet", "deberta"]).exit_code == 2 and SHELL.invoke(app, ["run", "--epochs", "many"]).exit_code == 2
+    kept = tmp_path / "notebooks" / "sensitivity.ipynb"
+    kept.parent.mkdir()
+    kept.write_text("an earlier run")
     done = shell("sensitivity", "--param", "temprature", "--output-dir", str(tmp_path))
+    assert kept.read_text() == "an earlier run" and kept.with_name("sensitivity.unfinished.ipynb").exists()
     said = [line for line in done.stderr.splitlines() if line.startswith("sharp_distill: ")] # a dying kernel may add noise of its own
     assert done.returncode == 1 and len(said) == 1 and said[0].startswith("sharp_distill: param is 'temprature'") and "PapermillExecutionError" not in done.stderr
+    (tmp_path / "file").write_text("in the way")
+    done = shell("run", "--output-dir", str(tmp_path / "file"))
+    assert done.returncode == 1 and "expected a folder you can write to" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_file_name_with_a_comma_is_one_data_set(tmp_path):
+    path = tmp_path / "reviews, mine.csv"
+    path.write_text("user_id,item_id,review")
+    assert cli._absolute("dataset", str(path)) == str(path.resolve())
