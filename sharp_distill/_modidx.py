@@ -640,6 +640,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'sharp_distill.quickstart._Carried.__init__': ( 'quickstart.html#_carried.__init__',
                                                                                           'sharp_distill/quickstart.py'),
                                           'sharp_distill.quickstart._frame': ('quickstart.html#_frame', 'sharp_distill/quickstart.py'),
+                                          'sharp_distill.quickstart._kept': ('quickstart.html#_kept', 'sharp_distill/quickstart.py'),
                                           'sharp_distill.quickstart.create_hypergraphs_and_incidence_matrices': ( 'quickstart.html#create_hypergraphs_and_incidence_matrices',
                                                                                                                   'sharp_distill/quickstart.py'),
                                           'sharp_distill.quickstart.initialize_models': ( 'quickstart.html#initialize_models',

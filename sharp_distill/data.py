@@ -277,13 +277,17 @@ def read_interactions(path, # Any format that `read_table` knows
     return from_frame(raw.frame, Path(path).name + left_out, titles=raw.titles)
 
 # %% ../nbs/01_data.ipynb #867c98b3
-def load_interactions(dataset: str = "sample", # "sample", a path, or a name
+def load_interactions(dataset="sample", # "sample", a path, a name, or a table in memory
                       columns: dict = None, # Our name -> the file's, where not recognised
                       items=None, # A file with the names of the items
                       **options, # Of `CleanConfig`
                      ) -> Interactions: # Cleaned
     "Find, read and clean a data set."
-    cfg, named = CleanConfig.from_dict(options), find_source(str(dataset))
+    cfg = CleanConfig.from_dict(options)
+    if isinstance(dataset, pd.DataFrame):
+        if items is not None: raise UserError("items= goes with a file: for a table in memory give its titles to `from_frame(table, titles={item: title})`.")
+        return clean(from_frame(dataset, columns=columns, bad_rows=cfg.bad_rows), cfg)
+    named = find_source(str(dataset))
     if dataset == "sample": data = make_sample()
     elif str(dataset).startswith("scale_"): data = make_scale(str(dataset).removeprefix("scale_"))
     else:
