@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'stored_bytes', 'in_range', 'fit_popularity', 'item_graph', 'item_scorer', 'fit_itemknn', 'fit_rp3beta',
-           'fit_gfcf', 'fit_ease', 'fit_text_ease', 'fit_slim', 'embedding_scorer', 'fit_ials', 'fit_bprmf',
-           'PeerConfig', 'peer_loss', 'peer_embeddings', 'fit_peer', 'LightGCNConfig', 'LightGCN', 'fit_lightgcn',
-           'Method', 'fit_baseline']
+           'fit_gfcf', 'fit_ease', 'fit_text_ease', 'fit_slim', 'embedding_scorer', 'fit_ials', 'PeerConfig',
+           'peer_loss', 'peer_embeddings', 'fit_peer', 'LightGCNConfig', 'LightGCN', 'fit_lightgcn', 'BPRMFConfig',
+           'fit_bprmf', 'Method', 'fit_baseline']
 
 # %% ../nbs/10_baselines.ipynb #6add6e1e
 import inspect
@@ -169,32 +169,21 @@ def embedding_scorer(name, user_emb, item_emb, train_s, n_params=None, config=No
     return Scorer(name, lambda u: p[u] @ q.T, n_params, stored_bytes(p, q), train_s, p, q, config, history)
 
 
-def _implicit(module): # "als" or "bpr"
-    "Import one model of the implicit library, or say how to get it."
+def _implicit_als():
+    "Import ALS of the implicit library, or say how to get it."
     import importlib
-    try: return importlib.import_module(f"implicit.cpu.{module}")
+    try: return importlib.import_module("implicit.cpu.als")
     except ImportError:
-        raise UserError("the library 'implicit' is missing: run `pip install implicit`, or leave ials and bprmf out.") from None
+        raise UserError("the library 'implicit' is missing: run `pip install implicit`, or leave ials out.") from None
 
 # %% ../nbs/10_baselines.ipynb #3596be63
 def fit_ials(split, emb_dim: int = 64, reg: float = 30., alpha: float = 5., epochs: int = 15, seed: int = 0) -> Scorer:
     "Fit weighted matrix factorisation by alternating least squares (Hu et al.), through `implicit`."
-    als = _implicit("als")
-    model = als.AlternatingLeastSquares(factors=emb_dim, regularization=reg, alpha=alpha, iterations=epochs,
-                                        random_state=seed, num_threads=torch.get_num_threads())
+    model = _implicit_als().AlternatingLeastSquares(factors=emb_dim, regularization=reg, alpha=alpha, iterations=epochs,
+                                                    random_state=seed, num_threads=torch.get_num_threads())
     with Stopwatch() as w: model.fit(split.train.to_csr(), show_progress=False)
     config = dict(emb_dim=emb_dim, reg=reg, alpha=alpha, epochs=epochs)
     return embedding_scorer("ials", model.user_factors, model.item_factors, w.s, config=config)
-
-# %% ../nbs/10_baselines.ipynb #dd2ce40b
-def fit_bprmf(split, emb_dim: int = 64, lr: float = .1, reg: float = .05, epochs: int = 200, seed: int = 0) -> Scorer:
-    "Fit matrix factorisation on pairs (BPR), through `implicit`."
-    bpr = _implicit("bpr")
-    model = bpr.BayesianPersonalizedRanking(factors=emb_dim, learning_rate=lr, regularization=reg, iterations=epochs,
-                                            random_state=seed, num_threads=1)
-    with Stopwatch() as w: model.fit(split.train.to_csr(), show_progress=False)
-    config = dict(emb_dim=emb_dim, lr=lr, reg=reg, epochs=epochs)
-    return embedding_scorer("bprmf", model.user_factors, model.item_factors, w.s, config=config)
 
 # %% ../nbs/10_baselines.ipynb #50fec3d6
 @dataclass(frozen=True)
@@ -282,6 +271,19 @@ def fit_lightgcn(split, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None,
     model = LightGCN(split.train.to_csr(), cfg, pick_device(cfg.device))
     return fit_peer("lightgcn", split, model, checkpoint=checkpoint, watch=watch)
 
+
+@dataclass(frozen=True)
+class BPRMFConfig(PeerConfig):
+    "Options of matrix factorisation on pairs."
+    reg: float = option(.02, "L2 weight on the rows of a batch", lo=0.)
+    patience: int = option(15, "validations without a better one before stopping", lo=1) # nothing smooths the first epochs
+
+
+def fit_bprmf(split, cfg: BPRMFConfig = BPRMFConfig(), checkpoint=None, watch=None) -> Scorer:
+    "Train matrix factorisation on pairs (Rendle et al., UAI 2009): LightGCN without layers, uniform negatives."
+    model = LightGCN(split.train.to_csr(), LightGCNConfig.from_dict(dict(cfg.to_dict(), n_layers=0)), pick_device(cfg.device))
+    return fit_peer("bprmf", split, model, checkpoint=checkpoint, watch=watch)
+
 # %% ../nbs/10_baselines.ipynb #75cc0e11
 @dataclass(frozen=True)
 class Method:
@@ -296,7 +298,8 @@ class Method:
         return {o: inspect.signature(self.fit).parameters[o].default for o in self.space}
 
 
-def _lightgcn(split, watch=None, **options): return fit_lightgcn(split, LightGCNConfig.from_dict(options), watch=watch)
+def _peer(fit_peer, config, space) -> Method: # A trained peer, its options as keywords
+    return Method(lambda split, watch=None, **options: fit_peer(split, config.from_dict(options), watch=watch), space, config=config)
 
 
 BASELINES = {
@@ -308,10 +311,10 @@ BASELINES = {
     "ease+text": Method(fit_text_ease, dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")), text=True),
     "slim": Method(fit_slim, dict(l1=(.01, 10, "log"), l2=(1, 500, "log"))),
     "ials": Method(fit_ials, dict(emb_dim=(64, 128), reg=(.3, 100, "log"), alpha=(1, 50, "log"), epochs=(5, 40, "int"))),
-    "bprmf": Method(fit_bprmf, dict(emb_dim=(64, 128), lr=(.01, .3, "log"), reg=(.001, .2, "log"), epochs=(20, 400, "log"))),
-    "lightgcn": Method(_lightgcn, dict(lr=(.003, .05, "log"), reg=(1e-4, .05, "log"), n_layers=(1, 4, "int"),
-                                       loss=("bpr", "softmax"), cosine=(False, True), temperature=(.1, 1, "log"),
-                                       emb_dim=(64, 128), n_negatives=(256, 0)), config=LightGCNConfig),
+    "bprmf": _peer(fit_bprmf, BPRMFConfig, dict(lr=(.005, .05, "log"), reg=(1e-3, .2, "log"), emb_dim=(64, 128), patience=(15, 5))),
+    "lightgcn": _peer(fit_lightgcn, LightGCNConfig, dict(
+        lr=(.003, .05, "log"), reg=(1e-4, .05, "log"), n_layers=(1, 4, "int"), loss=("bpr", "softmax"), cosine=(False, True),
+        temperature=(.1, 1, "log"), emb_dim=(64, 128), n_negatives=(256, 0), patience=(5, 15))),
 }
 
 # %% ../nbs/10_baselines.ipynb #e3534570

@@ -331,7 +331,7 @@ def _method(fit, Config, space, text=False): # A fit function, its options and w
     return Method(fitted, space, text, Config)
 
 # %% ../nbs/10_rivals.ipynb #96c38b1a
-_RATES = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), n_negatives=(256, 0))
+_RATES = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), n_negatives=(256, 0), patience=(5, 15))
 _WIDTH = dict(emb_dim=(64, 128))
 RIVALS = {
     "lightgcn+text": _method(fit_text_lightgcn, LightGCNConfig, dict(

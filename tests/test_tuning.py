@@ -148,3 +148,12 @@ def test_committed_boards_are_possible(path):
         assert all(0 <= m[f"{n}@{k}"] <= 1 for n in ("P", "R", "NDCG", "HR") for k in (5, 10, 20))
         for n in ("R", "HR"): assert m[f"{n}@5"] <= m[f"{n}@10"] <= m[f"{n}@20"]
         for k in (5, 10, 20): assert m[f"HR@{k}"] <= k * m[f"P@{k}"] + 1e-9 # at least one hit costs at least 1/k of precision
+
+
+def test_a_row_of_an_older_space_is_fitted_again():
+    "A board made before an option was searched says so by lacking it; it is neither an error nor a match."
+    from sharp_distill.tuning import first_setting, entry_of, missing_seeds
+    now = first_setting(entry_of("lightgcn"))
+    old = dict(model="lightgcn", seed=0, config={o: v for o, v in now.items() if o != "emb_dim"})
+    assert missing_seeds([old], "lightgcn", now, Budget(n_seeds=2)) == [0, 1]
+    assert missing_seeds([dict(old, config=now)], "lightgcn", now, Budget(n_seeds=2)) == [1]
