@@ -77,7 +77,8 @@ def test_mistakes(app, tmp_path):
     assert done.returncode == 1 and "expected a folder you can write to" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_file_name_with_a_comma_is_one_data_set(tmp_path):
+def test_a_file_name_with_a_comma_is_one_data_set(tmp_path, monkeypatch):
     path = tmp_path / "reviews, mine.csv"
     path.write_text("user_id,item_id,review")
-    assert cli._absolute("dataset", str(path)) == str(path.resolve())
+    monkeypatch.chdir(tmp_path)
+    assert cli._absolute("dataset", path.name) == str(path.resolve())
