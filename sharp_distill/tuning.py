@@ -6,10 +6,10 @@
 __all__ = ['UNTAUGHT', 'TEACHER', 'BOARD', 'KIND_STYLE', 'Budget', 'BoardData', 'board_name', 'board_data', 'Entry',
            'tuned_lightgcn', 'fitted_filter', 'tuned_teacher', 'entry_of', 'space_frame', 'suggest', 'first_setting',
            'open_study', 'finished', 'spent_s', 'wants_more', 'for_newcomers', 'tune', 'chosen', 'strata_rows',
-           'board_row', 'options_of', 'board_path', 'read_board', 'put_rows', 'save_per_user', 'mean_result',
-           'by_model', 'board_tests', 'search_row', 'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board',
-           'refit_row', 'BoardConfig', 'model_names', 'board_frame', 'metric_frame', 'stratum_frame', 'best_of',
-           'verdicts', 'plot_board', 'plot_search', 'plot_groups']
+           'board_row', 'options_of', 'board_path', 'read_board', 'put_rows', 'users_path', 'read_users', 'put_users',
+           'by_model', 'users_frame', 'board_tests', 'search_row', 'write_tests', 'missing_seeds', 'run_model',
+           'recall', 'run_board', 'refit_row', 'BoardConfig', 'model_names', 'board_frame', 'user_intervals',
+           'metric_frame', 'stratum_frame', 'best_of', 'verdicts', 'plot_board', 'plot_search', 'plot_groups']
 
 # %% ../nbs/10_tuning.ipynb #758dfa2d
 import time
@@ -23,7 +23,7 @@ import pandas as pd
 
 from .baselines import BASELINES, fit_baseline, item_scorer
 from .core import (Config, Stopwatch, UserError, cache_dir, content_sha, did_you_mean, machine, option, read_json,
-                                versions, write_json)
+                                versions, whole_file, write_json)
 from .data import load_interactions
 from .distillation import DistillConfig, distill
 from .evaluation import EvalResult, Scorer, bootstrap_means, evaluate, holm, paired_test, popularity_bias, strata
@@ -337,42 +337,50 @@ def put_rows(folder, name: str, rows: list) -> list: # All rows of the board aft
     return out
 
 # %% ../nbs/10_tuning.ipynb #722c0684
-def _per_user_path(data: BoardData, model: str, seed: int) -> Path:
-    return cache_dir("boards", f"{data.name}-{data.split.sha}") / f"{model}-{seed}.npz"
+def users_path(folder, name: str) -> Path: return Path(folder) / f"{name}.users.npz"
+
+
+def read_users(folder, name: str) -> dict: # "split" -> text, "user_idx" -> int64 [n], "model seed" -> float32 [n]; {} where there is no file
+    "Read the NDCG@10 of every test user, one array a row of the board."
+    path = users_path(folder, name)
+    if not path.exists(): return {}
+    with np.load(path, allow_pickle=False) as f: return dict(f)
 
 # %% ../nbs/10_tuning.ipynb #5df87abe
-def save_per_user(data: BoardData, row: dict, result: EvalResult):
-    "Keep the NDCG@10 of every user for the paired tests."
-    np.savez_compressed(_per_user_path(data, row["model"], row["seed"]), user_idx=result.user_idx,
-                        ndcg=result.values("NDCG@10"), options=content_sha(options_of(row)))
-
-# %% ../nbs/10_tuning.ipynb #35b8615b
-def mean_result(data: BoardData, rows: list) -> EvalResult | None: # None where a seed's users are not in the cache
-    "Return a model's NDCG@10 of every user, averaged over the seeds."
-    values = []
-    for r in rows:
-        path = _per_user_path(data, r["model"], r["seed"])
-        if not path.exists(): return None
-        with np.load(path) as f: user_idx, ndcg = f["user_idx"], f["ndcg"]
-        if not np.isclose(ndcg.mean(), r["metrics"]["NDCG@10"], atol=1e-9): return None
-        values.append(ndcg)
-    return EvalResult(user_idx, np.zeros((len(user_idx), 0), int), {"NDCG@10": np.mean(values, 0)}, "test", data.split.sha, rows[0]["model"])
+def put_users(folder, data: BoardData, row: dict, result: EvalResult):
+    "Add a row's users to those of its board; users of another split are dropped."
+    old = read_users(folder, data.name)
+    if old and str(old["split"]) != data.split.sha: old = {}
+    new = {"split": np.array(data.split.sha), "user_idx": result.user_idx, f"{row['model']} {row['seed']}": result.values("NDCG@10").astype(np.float32)}
+    with whole_file(users_path(folder, data.name)) as tmp, open(tmp, "wb") as f: np.savez_compressed(f, **(old | new))
 
 # %% ../nbs/10_tuning.ipynb #19d0a0eb
 def by_model(rows: list) -> dict: # Model -> its rows
     "Group rows by their model."
     return {m: [r for r in rows if r["model"] == m] for m in dict.fromkeys(r["model"] for r in rows)}
 
+# %% ../nbs/10_tuning.ipynb #35b8615b
+def users_frame(folder, name: str, rows: list) -> pd.DataFrame: # user by model
+    "Return NDCG@10 of every user, averaged over a model's seeds; a model is left out where the file does not hold its rows."
+    found = read_users(folder, name)
+    holds = lambda r: (v := found.get(f"{r['model']} {r['seed']}")) is not None and np.isclose(v.mean(dtype=float), r["metrics"]["NDCG@10"], rtol=1e-6)
+    out = {m: np.mean([found[f"{m} {r['seed']}"] for r in rs], 0, dtype=float) for m, rs in by_model(rows).items() if all(map(holds, rs))}
+    return pd.DataFrame(out, index=pd.Index(found.get("user_idx", []), name="user_idx"))
+
 # %% ../nbs/10_tuning.ipynb #eef1f461
-def board_tests(data: BoardData, rows: list, against: str = "student") -> list: # One dictionary a model
+def board_tests(users: pd.DataFrame, # From `users_frame`
+                rows: list, against: str = "student", old=()) -> list: # One dictionary a model; `old`: an earlier list
     "Test every model of a board against one, user by user, corrected by Holm."
-    results = {m: mean_result(data, rs) for m, rs in by_model(rows).items()}
-    results = {m: r for m, r in results.items() if r is not None}
-    if against not in results: return []
-    tests = {m: paired_test(results[against], r) for m, r in results.items() if m != against}
-    corrected = holm({m: t.p for m, t in tests.items()})
-    return [dict(model=m, mean=t.b, against=t.a, diff=t.diff, ci95=list(t.ci95), p=t.p, p_holm=corrected[m], wins=t.wins,
-                 losses=t.losses, n_users=t.n_users) for m, t in tests.items()]
+    mean = {m: np.mean([r["metrics"]["NDCG@10"] for r in rs]) for m, rs in by_model(rows).items()}
+    still = lambda t: {t["model"], against} <= set(mean) and np.allclose([t["mean"], t["against"]], [mean[t["model"]], mean[against]], rtol=1e-6)
+    tests = {t["model"]: t for t in old if still(t)}
+    result = lambda m: EvalResult(users.index.to_numpy(), np.zeros((len(users), 0), int), {"NDCG@10": users[m].to_numpy()}, "test", "", m)
+    for m in users if against in users else []:
+        if m == against: continue
+        t = paired_test(result(against), result(m))
+        tests[m] = dict(model=m, mean=t.b, against=t.a, diff=t.diff, ci95=list(t.ci95), p=t.p, wins=t.wins, losses=t.losses, n_users=t.n_users)
+    corrected = holm({m: t["p"] for m, t in tests.items()}) if tests else {}
+    return [dict(tests[m], p_holm=corrected[m]) for m in mean if m in tests]
 
 # %% ../nbs/10_tuning.ipynb #01e4d304
 def search_row(study, budget: Budget) -> dict:
@@ -387,14 +395,14 @@ def search_row(study, budget: Budget) -> dict:
 def write_tests(folder, data: BoardData, rows: list, searches: dict, against: str = "student") -> dict:
     "Write what belongs to a board and is not a row."
     path, split = Path(folder) / f"{data.name}.tests.json", data.split
-    old = read_json(path) if path.exists() else {}
+    old, users = read_json(path) if path.exists() else {}, users_frame(folder, data.name, rows)
     spaces = {n: {o: list(s) for o, s in entry_of(n).space.items()} for n in searches} # as they were searched
     out = dict(dataset=data.name, split=dict(protocol=split.protocol, seed=split.seed, sha=split.sha, n_users=split.n_users,
                n_items=split.n_items, train=len(split.train), valid=len(split.valid), test=len(split.test)),
                encoder=data.reviews.encoder, second_encoder=data.second, batch_size=data.batch_size, metric="NDCG@10", against=against,
                searches=old.get("searches", {}) | searches, spaces=old.get("spaces", {}) | spaces,
-               tests=board_tests(data, rows, against) or old.get("tests", []),
-               teacher_tests=board_tests(data, rows, "teacher") or old.get("teacher_tests", []), versions=versions(), machine=machine())
+               tests=board_tests(users, rows, against, old.get("tests", [])),
+               teacher_tests=board_tests(users, rows, "teacher", old.get("teacher_tests", [])), versions=versions(), machine=machine())
     write_json(path, out)
     return out
 
@@ -414,16 +422,17 @@ def run_model(name: str, data: BoardData, budget: Budget, folder, until: float =
     for seed in missing_seeds(rows, name, options, budget):
         if time.time() > until: return None
         row, result = board_row(name, for_newcomers(entry.fit(data, options, seed, None), data.split), data, seed, options)
-        save_per_user(data, row, result)
+        put_users(folder, data, row, result)
         put_rows(folder, data.name, [row])
     return search_row(study, budget)
 
 # %% ../nbs/10_tuning.ipynb #1554a64f
-def recall(data: BoardData, budget: Budget):
-    "Take the chosen options of the models that others learn from out of finished studies."
+def recall(data: BoardData, rows: list = (), budget: Budget | None = None):
+    "Take the chosen options of the models that others learn from out of a board's rows, or out of finished studies, which come first."
     for name in ("lightgcn", "teacher"):
-        study = open_study(name, data, budget)
-        if not wants_more(study, BOARD[name], budget): data.best[name] = chosen(study, BOARD[name])
+        study = budget and open_study(name, data, budget)
+        if study and not wants_more(study, BOARD[name], budget): data.best[name] = chosen(study, BOARD[name])
+        else: data.best.update({name: options_of(r) for r in rows if r["model"] == name})
 
 # %% ../nbs/10_tuning.ipynb #478883f3
 def run_board(data: BoardData, names=None, # Models; None: all
@@ -431,7 +440,7 @@ def run_board(data: BoardData, names=None, # Models; None: all
               report=None) -> list: # The board's rows; `report` is called with a line of progress
     "Bring a board up to date."
     until = time.time() + limit_s
-    recall(data, budget)
+    recall(data, read_board(folder, data.name) if board_path(folder, data.name).exists() else [], budget)
     for name in names or BOARD:
         if time.time() > until: break
         with Stopwatch() as w: done = run_model(name, data, budget, folder, until)
@@ -440,11 +449,16 @@ def run_board(data: BoardData, names=None, # Models; None: all
     return read_board(folder, data.name)
 
 # %% ../nbs/10_tuning.ipynb #19731569
-def refit_row(data: BoardData, row: dict) -> dict: # A row
+def refit_row(data: BoardData, row: dict, # A row of the board; `recall` tells `data` the options of its teacher
+              folder=None) -> dict: # A row; with `folder` it takes the stored one's place
     "Fit a stored row's model again with its options and seed."
     name, options = row["model"], options_of(row)
     scorer = for_newcomers(entry_of(name).fit(data, options, row["seed"], None), data.split)
-    return board_row(name, scorer, data, row["seed"], options)[0]
+    again, result = board_row(name, scorer, data, row["seed"], options)
+    if folder:
+        put_users(folder, data, again, result)
+        put_rows(folder, data.name, [again])
+    return again
 
 # %% ../nbs/10_tuning.ipynb #bb82fc8a
 @dataclass(frozen=True)
@@ -455,6 +469,7 @@ class BoardConfig(Budget):
     board_dir: str = option("../outputs/leaderboard", "folder of the boards")
     build: str = option("", "models to tune and to put on the board, separated by commas, or all")
     rerun: str = option("", "models whose rows are fitted again and compared")
+    against: str = option("student", "the model that every other is tested against")
     new_items: int = option(0, "seeds with which new items are measured again; 0 reads what is stored", lo=0)
     encoder: str = option("tfidf", "review vectors of rivals, teacher and student")
 
@@ -479,6 +494,13 @@ def board_frame(rows: list, metric: str = "NDCG@10") -> pd.DataFrame: # One row 
         out[m] = {"kind": entry_of(m).kind, "seeds": n, "mean": v.mean(), "low": v.mean() - half, "high": v.mean() + half,
                   "parameters": int(mean("n_params")), "MiB": mean("bytes") / 2**20, "fit s": mean("train_s")}
     return pd.DataFrame(out).T.infer_objects().sort_values("mean", ascending=False).rename_axis("model")
+
+# %% ../nbs/10_tuning.ipynb #d34368f1
+def user_intervals(users: pd.DataFrame, # From `users_frame`
+                   n_boot: int = 1000, seed: int = 0) -> pd.DataFrame: # model x ("user low", "user high"), 95 %
+    "Bootstrap each model's mean over the users, with the same draws for all."
+    low, high = np.quantile(bootstrap_means(users.to_numpy(), n_boot, seed), [.025, .975], axis=0)
+    return pd.DataFrame({"user low": low, "user high": high}, index=users.columns)
 
 # %% ../nbs/10_tuning.ipynb #fa75d089
 def metric_frame(rows: list) -> pd.DataFrame: # model by metric
@@ -532,21 +554,26 @@ def _style(model: str) -> tuple: # (colour, label)
     return KIND_STYLE.get(model, KIND_STYLE[entry_of(model).kind])
 
 # %% ../nbs/10_tuning.ipynb #21a9ac40
-def plot_board(df, # From `board_frame`
+def plot_board(df, # From `board_frame`, with or without `user_intervals`
                ax=None, metric: str = "NDCG@10"):
     "Draw every model's test result, best on top, coloured by what it reads."
     if ax is None:
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(6.5, .27 * len(df) + 1), layout="constrained")[1]
-    df, used = df[::-1], {}
+    df, used, crowd = df[::-1], {}, {}
     for y, (m, row) in enumerate(df.iterrows()):
         color, label = _style(m)
         bar = ax.barh(y, row["mean"], color=color, xerr=[[row["mean"] - row["low"]], [row["high"] - row["mean"]]],
                       error_kw=dict(lw=1, capsize=2, ecolor="#444444"))
         used[label] = bar
-        ax.text(row["high"], y, f" {row['mean']:.4f}", va="center", fontsize=8)
+        end = row["high"]
+        if pd.notna(row.get("user high")):
+            crowd["95 % over users"] = ax.hlines(y, row["user low"], row["user high"], color="#00000066", lw=4)
+            end = max(end, row["user high"])
+        ax.text(end, y, f" {row['mean']:.4f}", va="center", fontsize=8)
     ax.set_yticks(range(len(df)), df.index, fontsize=9)
-    ax.set(xlabel=f"test {metric}, 95 % interval over seeds", xlim=(0, 1.16 * df["high"].max()), title="Who wins the board?")
+    ax.set(xlabel=f"test {metric}, thin: 95 % interval over seeds", xlim=(0, 1.16 * np.nanmax(df[[c for c in ("high", "user high") if c in df]])), title="Who wins the board?")
+    used |= crowd
     ax.legend(used.values(), used.keys(), frameon=False, fontsize=8, loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)
     return ax

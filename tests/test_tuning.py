@@ -8,10 +8,12 @@ import pytest
 from sharp_distill import tuning
 from sharp_distill.core import UserError
 from sharp_distill.data import make_sample
+from sharp_distill.evaluation import evaluate
 from sharp_distill.reviews import encode_reviews
 from sharp_distill.split import make_split
 from sharp_distill.tuning import (BOARD, BoardData, Budget, Entry, board_frame, board_name, chosen, finished, first_setting, missing_seeds,
-                                  put_rows, read_board, refit_row, run_board, stratum_frame, tune, verdicts)
+                                  put_rows, put_users, read_board, read_users, refit_row, run_board, stratum_frame, tune,
+                                  users_frame, verdicts)
 
 BUDGET = Budget(n_trials=5, tune_s=600., n_seeds=2)
 MODELS = ["popularity", "ease", "ease+tfidf", "ials", "student_no_kd"]
@@ -97,7 +99,8 @@ def test_a_finished_board_is_not_fitted_again(data, board, monkeypatch):
 
 def test_tests_are_paired_and_corrected(data, board):
     folder, rows = board
-    tests = tuning.board_tests(data, rows, "student_no_kd")
+    users = users_frame(folder, "small", rows)
+    tests = tuning.board_tests(users, rows, "student_no_kd")
     assert {t["model"] for t in tests} == set(MODELS) - {"student_no_kd"}
     mean = board_frame(rows)["mean"]
     for t in tests:
@@ -105,6 +108,42 @@ def test_tests_are_paired_and_corrected(data, board):
         assert np.isclose(t["diff"], mean["student_no_kd"] - mean[t["model"]])
     facts = json.loads((folder / "small.tests.json").read_text())
     assert set(facts["searches"]) == set(MODELS) and facts["split"]["sha"] == data.split.sha
+
+
+def test_users_are_those_of_the_rows(data, board, tmp_path):
+    folder, rows = board
+    users, mean = users_frame(folder, "small", rows), board_frame(rows)["mean"].astype(float)
+    assert list(users) == list(mean[users.columns].index) and set(users) == set(MODELS) and np.allclose(users.mean(), mean[users.columns], rtol=1e-6)
+    changed = [dict(r, metrics=r["metrics"] | {"NDCG@10": .9}) if r["model"] == "ease" else r for r in rows]
+    assert set(users_frame(folder, "small", changed)) == set(MODELS) - {"ease"} # the file speaks of another row
+    assert not len(users_frame(tmp_path, "small", rows).columns) and read_users(tmp_path, "small") == {}
+
+
+def test_users_of_another_split_are_dropped(data, tmp_path):
+    fit = lambda d, name: put_users(tmp_path, d, dict(model=name, seed=0), evaluate(BOARD[name].fit(d, {}, 0, None), d.split, "test"))
+    fit(data, "popularity"); fit(data, "ease")
+    assert {"popularity 0", "ease 0"} <= set(read_users(tmp_path, data.name))
+    fit(BoardData(data.name, replace(data.split, seed=1, train=data.split.train.take(np.arange(len(data.split.train)) % 9 > 0)), data.reviews), "ease")
+    assert "popularity 0" not in read_users(tmp_path, data.name)
+
+
+def test_stale_tests_leave_and_valid_ones_stay(data, board):
+    folder, rows = board
+    users = users_frame(folder, "small", rows)
+    old = tuning.board_tests(users, rows, "student_no_kd")
+    assert tuning.board_tests(users[[]], rows, "student_no_kd", old) == old
+    changed = [dict(r, metrics=r["metrics"] | {"NDCG@10": .9}) if r["model"] == "ease" else r for r in rows]
+    left = tuning.board_tests(users[[]], changed, "student_no_kd", old)
+    assert {t["model"] for t in left} == set(MODELS) - {"student_no_kd", "ease"} and all(t["p_holm"] <= o["p_holm"] for t in left for o in old if o["model"] == t["model"])
+    moved = [dict(r, metrics=r["metrics"] | {"NDCG@10": .9}) if r["model"] == "student_no_kd" else r for r in rows]
+    assert tuning.board_tests(users[[]], moved, "student_no_kd", old) == []
+
+
+def test_a_taught_model_is_fitted_again_with_its_teachers_options(data):
+    rows = [dict(model="lightgcn", seed=0, config={"lr": .5, "emb_dim": 32}), dict(model="teacher", seed=0, config={"reg": .25, "unsearched": 1})]
+    fresh = replace(data, best={})
+    tuning.recall(fresh, rows)
+    assert fresh.best == {"lightgcn": {"lr": .5, "emb_dim": 32}, "teacher": {"reg": .25}}
 
 
 def test_verdicts_on_planted_means():
@@ -148,6 +187,20 @@ def test_committed_boards_are_possible(path):
         assert all(0 <= m[f"{n}@{k}"] <= 1 for n in ("P", "R", "NDCG", "HR") for k in (5, 10, 20))
         for n in ("R", "HR"): assert m[f"{n}@5"] <= m[f"{n}@10"] <= m[f"{n}@20"]
         for k in (5, 10, 20): assert m[f"HR@{k}"] <= k * m[f"P@{k}"] + 1e-9 # at least one hit costs at least 1/k of precision
+
+
+@pytest.mark.parametrize("path", sorted((tuning.Path(__file__).parent.parent / "outputs/leaderboard").glob("*.users.npz")), ids=lambda p: p.name)
+def test_committed_tests_follow_from_the_committed_users(path):
+    "Every stored test can be made again from the users file; nobody needs to fit a model to check a p-value."
+    name = path.name.removesuffix(".users.npz")
+    rows, facts = read_board(path.parent, name), json.loads((path.parent / f"{name}.tests.json").read_text())
+    users = users_frame(path.parent, name, rows)
+    assert str(read_users(path.parent, name)["split"]) == facts["split"]["sha"] and {"teacher", "student"} <= set(users)
+    for against, stored in (("student", facts["tests"]), ("teacher", facts["teacher_tests"])):
+        again = {t["model"]: t for t in tuning.board_tests(users, rows, against)}
+        assert set(again) <= {t["model"] for t in stored} and {t["model"] for t in stored} == {r["model"] for r in rows} - {against}
+        for t in stored:
+            if t["model"] in again: assert np.allclose([t["diff"], t["p"]], [again[t["model"]]["diff"], again[t["model"]]["p"]], rtol=1e-4), t["model"]
 
 
 def test_a_row_of_an_older_space_is_fitted_again():
