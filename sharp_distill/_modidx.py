@@ -509,6 +509,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'sharp_distill.files.json_chunks': ('1_files.html#json_chunks', 'sharp_distill/files.py'),
                                      'sharp_distill.files.json_names': ('1_files.html#json_names', 'sharp_distill/files.py'),
                                      'sharp_distill.files.line_blocks': ('1_files.html#line_blocks', 'sharp_distill/files.py'),
+                                     'sharp_distill.files.named_columns': ('1_files.html#named_columns', 'sharp_distill/files.py'),
                                      'sharp_distill.files.next_chunk': ('1_files.html#next_chunk', 'sharp_distill/files.py'),
                                      'sharp_distill.files.open_bytes': ('1_files.html#open_bytes', 'sharp_distill/files.py'),
                                      'sharp_distill.files.parquet_chunks': ('1_files.html#parquet_chunks', 'sharp_distill/files.py'),

@@ -278,7 +278,7 @@ def read_interactions(path, # Any format that `read_table` knows
 
 # %% ../nbs/01_data.ipynb #867c98b3
 def load_interactions(dataset="sample", # "sample", a path, a name, or a table in memory
-                      columns: dict = None, # Our name -> the file's, where not recognised
+                      columns=None, # Our name -> the file's, where not recognised; as text: "user_id=customer,item_id=product"
                       items=None, # A file with the names of the items
                       **options, # Of `CleanConfig`
                      ) -> Interactions: # Cleaned

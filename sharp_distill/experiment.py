@@ -21,6 +21,7 @@ import pandas as pd
 from .baselines import LightGCNConfig, fit_ease, fit_lightgcn, fit_popularity, item_scorer
 from .core import Config, Stopwatch, UserError, content_sha, machine, option, peak_mib, progress, read_json, versions, write_json
 from .data import Interactions, load_interactions
+from .files import ENCODING_HELP
 from .distillation import DistillConfig, Lessons, distill, gather_lessons
 from .evaluation import Scorer, bootstrap_means, compare, evaluate, rank_topk
 from .reviews import ReviewConfig, ReviewEmbeddings, encode_reviews
@@ -36,6 +37,9 @@ class DataConfig(Config):
     dataset: str = option("sample", "name, or path of a file")
     k_core: int = option(0, "least rows a user and an item must have; 0: the data set's own default", lo=0)
     min_rating: float = option(0., "leave out lower ratings; 0 keeps all")
+    columns: str = option("", "names of the file's columns where they are not recognised, such as user_id=customer,item_id=product")
+    encoding: str = option("utf-8", ENCODING_HELP)
+    bad_rows: str = option("error", "a row that cannot be read", choices=("error", "skip"))
 
     @property
     def dataset_name(self) -> str: return Path(self.dataset).name.split(".")[0]
@@ -43,7 +47,8 @@ class DataConfig(Config):
     def load(self, at_least: int = 20, # Items that a list of results needs
              **options) -> Interactions: # More of `CleanConfig`
         "Read and clean the data set."
-        data = load_interactions(self.dataset, k_core=self.k_core, min_rating=self.min_rating, **options)
+        data = load_interactions(self.dataset, self.columns, k_core=self.k_core, min_rating=self.min_rating, encoding=self.encoding,
+                                 bad_rows=self.bad_rows, **options)
         if data.n_items <= at_least: raise UserError(f"{self.dataset} has {data.n_items} items: expected more than {at_least}, the longest list that is measured.")
         return data
 

@@ -81,7 +81,7 @@ def make_job(cfg: RunConfig, change: Change = Change("full"), seed: int | None =
     "Apply a change to a run's options and write every option out."
     run = RunConfig(**{f.name: getattr(cfg, f.name) for f in fields(RunConfig)}) # a study's own options do not belong to a run
     run = run.replace(**change.run, **({} if seed is None else dict(seed=seed)))
-    return Job(run.dataset, run.k_core, run.min_rating, split=run.split, seed=run.seed, encoder=run.encoder, stamp=_stamp(run.dataset),
+    return Job(**{f.name: getattr(run, f.name) for f in fields(DataConfig)}, split=run.split, seed=run.seed, encoder=run.encoder, stamp=_stamp(run.dataset),
                reviews=review_config(run).replace(**change.reviews).to_dict(), teacher=teacher_config(run).replace(**change.teacher).to_dict(),
                student=student_config(run).replace(**change.student).to_dict()).replace(**change.job)
 

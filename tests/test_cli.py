@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sharp_distill.cli as cli
+from sharp_distill.data import make_sample
 
 ROOT = Path(__file__).parent.parent
 SHELL = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
@@ -61,6 +62,18 @@ def test_a_run_from_the_shell(tmp_path):
     assert "largest loss" in done.stdout and list((tmp_path / "here" / "ablation").glob("sample-components.*"))
     executed = json.loads((tmp_path / "here" / "notebooks" / "ablation.ipynb").read_text())
     assert any("soft_labels" in "".join(c["source"]) for c in executed["cells"])
+
+
+def test_a_table_of_ones_own_from_the_shell(tmp_path):
+    data = make_sample(seed=1, n_users=150)
+    rows = [f"{data.user_ids[u]};{data.item_ids[i]};{4 if row else 'vier'};d\u00e9j\u00e0 lu" for row, (u, i) in enumerate(zip(data.user_idx, data.item_idx))]
+    (tmp_path / "mine.csv").write_text("\n".join(["who;what;rating;review", *rows]), encoding="cp1252")
+    given = ["ablation", "--component", "soft_labels", "--epochs", "1", "--student-epochs", "1", "--encoder", "none", "--emb-dim", "8", "--output-dir", "here", "--dataset", "mine.csv"]
+    done = shell(*given, cwd=tmp_path)
+    assert done.returncode == 1 and "columns='user_id=NAME,item_id=NAME'" in done.stderr
+    done = shell(*given, "--columns", "user_id=who,item_id=what", "--encoding", "cp1252", "--bad-rows", "skip", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "here" / "ablation").glob("mine-components.json"))
 
 
 def test_mistakes(app, tmp_path):

@@ -277,7 +277,9 @@ def test_bad_names_and_options(put):
     assert "'usr'" in refused(load_interactions, put("a.csv", ROWS), columns=dict(user_id="usr"))
     assert "paper's" in refused(load_interactions, "scale_amazon_dvds")
     path = put("b.csv", ROWS.replace("user_id", "who"))
-    assert len(load_interactions(path, columns=dict(user_id="who"))) == 3
+    assert len(load_interactions(path, columns=dict(user_id="who"))) == len(load_interactions(path, columns="user_id=who")) == 3
+    assert "pairs such as" in refused(load_interactions, path, columns="who") and "pairs such as" in refused(load_interactions, path, columns="user_id=")
+    assert "'whom'" in refused(load_interactions, path, columns="user_id = whom") and "Did you mean 'user_id'" in refused(load_interactions, path, columns="usr_id=who")
 
 
 def test_k_core_that_empties_the_data_says_what_would_not(put):
