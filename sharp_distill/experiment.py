@@ -88,6 +88,7 @@ def run_config(namespace: dict, # `globals()` of a notebook, right after its par
     "Build a config from a notebook's parameters; refuse names that are no options."
     plain = (bool, int, float, str, list, tuple, type(None))
     given = {k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith("_") and k not in ("In", "Out", "exit", "quit", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH")}
+    if Path("nbs/run.ipynb").exists(): given = {k: v.removeprefix("../") if str(v).startswith("../outputs") else v for k, v in given.items()} # started beside nbs/, not in it
     text = {f.name for f in fields(kind) if isinstance(f.default, str)}
     return kind.from_dict({k: f"{v:g}" if k in text and type(v) in (int, float) else v for k, v in given.items()})
 

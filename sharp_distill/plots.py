@@ -97,7 +97,8 @@ def plot_tradeoff(df, # model, mean, latency_ms
     ax = _axis(df, ax, ("model", "mean", "latency_ms"))
     for below, (_, row) in enumerate(df.sort_values("mean", ascending=False).iterrows()):
         ax.scatter(row["latency_ms"], row["mean"], s=80, **model_style(row["model"]))
-        ax.annotate(row["model"], (row["latency_ms"], row["mean"]), xytext=(7, -12 if below % 2 else 5), textcoords="offset points", fontsize=8)
+        ax.annotate(row["model"], (row["latency_ms"], row["mean"]), xytext=(-8 if below % 2 else 8, 0), ha="right" if below % 2 else "left",
+                    va="center", textcoords="offset points", fontsize=8)
     _log_ticks(ax)
     ax.set(ylim=(0, df["mean"].max() * 1.15), xlabel="milliseconds a query (log)", ylabel=metric, title="Quality against latency: up and left is better")
     ax.margins(x=.25)

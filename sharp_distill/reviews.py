@@ -35,7 +35,7 @@ class ReviewEmbeddings:
     @property
     def n_dims(self) -> int: return self.item.shape[1]
     def __repr__(self):
-        name, u, i = Path(self.encoder).name, list(self.user.shape), list(self.item.shape)
+        name, u, i = "+".join(Path(p).name for p in self.encoder.split("+")), list(self.user.shape), list(self.item.shape)
         return f"ReviewEmbeddings({name!r}, user {u}, item {i}, split {self.split_sha})"
 
 # %% ../nbs/05_reviews.ipynb #7b3732e0

@@ -353,7 +353,7 @@ class Recommender:
     user_emb: np.ndarray # float32 [U, d]
     item_emb: np.ndarray # float32 [I, d]
     item_message: np.ndarray # float32 [I, d] what an item sends to its readers
-    user_map: np.ndarray # float32 [d_t + 1, d] review embedding and a constant 1 -> x_u
+    user_map: np.ndarray # float32 [d_t + 1, d] review embedding and a constant 1 -> x_u W_U
     item_map: np.ndarray # float32 [d_t, d] an item's text -> its row
     item_degree: np.ndarray # int64 [I]
     seen: sp.csr_matrix # [U, I] what each reader has in training: the graph of `fold_in`
@@ -461,7 +461,7 @@ Recommender._directions.__set_name__(Recommender, "_directions")
 
 # %% ../nbs/11_serving.ipynb #3ecfa0f8
 def _text_part(rec, user: int, items) -> np.ndarray: # float64 [d]
-    "Recover from a known reader's row what her own reviews put into x_u."
+    "Recover from a known reader's row what her own reviews put into x_u W_U."
     from sharp_distill.student import fold_in as fold_in_row
     return (len(items) + 1.) * (rec.user_emb[user].astype(np.float64) - fold_in_row(rec, items, is_new=False))
 

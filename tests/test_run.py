@@ -71,3 +71,13 @@ def test_other_run_notebooks_at_small_size(tmp_path, name):
     done = subprocess.run([sys.executable, "-m", "papermill", f"{name}.ipynb", str(tmp_path / "out.ipynb"), *given], cwd=ROOT / "nbs", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(tmp_path.rglob("*.json")), "the notebook left no record"
+
+
+def test_started_beside_nbs_it_writes_into_outputs(tmp_path):
+    "The document's own command has no --cwd: its results belong into outputs/, not beside the repository."
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone/nbs").symlink_to(ROOT / "nbs")
+    command = [sys.executable, "-m", "papermill", "nbs/run.ipynb", "out.ipynb", "-p", "encoder", "none", "-p", "epochs", "1", "-p", "student_epochs", "1", "-p", "sensitivity", "False", "-p", "emb_dim", "8"]
+    done = subprocess.run(command, cwd=tmp_path / "clone", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list((tmp_path / "clone/outputs/sample").glob("*/run.json")) and not (tmp_path / "outputs").exists()
