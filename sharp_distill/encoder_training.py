@@ -8,7 +8,7 @@ __all__ = ['SPECIAL', 'train_tokenizer', 'cut_windows', 'teacher_words', 'word_s
            'schedule', 'make_optimizer', 'train_step', 'distill_encoder', 'agreement', 'save_encoder', 'AdaptConfig',
            'groups_of', 'co_visited', 'draw_pairs', 'pair_loss', 'random_stretch', 'item_recall', 'keep_out',
            'freeze_lower', 'adapt_step', 'pair_drawer', 'adapt_encoder', 'adapted_encoder', 'text_kernel',
-           'fit_kernel_ease', 'sharpen', 'join_kernels', 'tune_text_ease', 'mean_result']
+           'fit_kernel_ease', 'sharpen', 'join_kernels', 'tune_text_ease']
 
 # %% ../nbs/16_encoder_training.ipynb #2705ae51
 import json
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from .baselines import item_scorer
 from .core import Config, UserError, cache_dir, content_sha, option, read_json, rng, progress, write_json
 from .encoders import ReviewConfig, encode_texts, encoder_sha, find_encoder, load_encoder, pool_tokens, quiet_transformers
-from .evaluation import EvalResult, evaluate
+from .evaluation import evaluate
 from .hypergraphs import ridge_filter
 from .reviews import encode_reviews, item_tfidf, pooling_matrix, train_reviews
 
@@ -439,12 +439,3 @@ def tune_text_ease(split, kernels: list, # One [I, I], or two that are joined
     best = {k: v[len(v) // 2] for k, v in grid.items()}
     for name in [*grid, *grid]: best[name] = max(grid[name], key=lambda x: value(**{**best, name: x}))
     return best, value(**best), len(seen)
-
-# %% ../nbs/16_encoder_training.ipynb #b7e10a12
-def mean_result(results: list, # `EvalResult`s of one method on several splits
-                metric: str = "NDCG@10") -> EvalResult:
-    "Average a method's results over splits, user by user."
-    import pandas as pd
-    each = pd.concat([pd.Series(r.values(metric), r.user_idx) for r in results], axis=1).mean(axis=1).sort_index()
-    return EvalResult(each.index.to_numpy(), np.empty((len(each), 0), np.int64), {metric: each.to_numpy()},
-                      results[0].part, content_sha([r.split_sha for r in results]), results[0].name)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rank_topk', 'hit_matrix', 'metrics_at', 'Scorer', 'recommend_topk', 'EvalResult', 'evaluate', 'bootstrap_means',
-           'PairedTest', 'paired_test', 'holm', 'compare', 'coverage', 'popularity_bias', 'restrict',
+           'PairedTest', 'paired_test', 'holm', 'compare', 'over_splits', 'coverage', 'popularity_bias', 'restrict',
            'popularity_groups', 'strata']
 
 # %% ../nbs/03_evaluation.ipynb #a0e22e84
@@ -15,7 +15,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
-from .core import UserError, did_you_mean, rng
+from .core import UserError, content_sha, did_you_mean, rng
 
 # %% ../nbs/03_evaluation.ipynb #fe2435a8
 def _candidates(scores, # Tensor [B, I]
@@ -263,6 +263,15 @@ def compare(results: dict, # Model name -> EvalResult
         rows[m] |= dict(diff=t.diff, diff_low=t.ci95[0], diff_high=t.ci95[1], p=t.p, p_holm=corrected[m], wins=t.wins,
                         losses=t.losses)
     return pd.DataFrame(rows).T
+
+# %% ../nbs/03_evaluation.ipynb #e15c0002
+def over_splits(results: list, # `EvalResult`s of one model on several splits
+                name: str = "NDCG@10") -> EvalResult: # Metric
+    "Average a model's results over splits, user by user; a user counts where a split tests her."
+    import pandas as pd
+    each = pd.concat([pd.Series(r.values(name), r.user_idx) for r in results], axis=1).mean(axis=1).sort_index()
+    return EvalResult(each.index.to_numpy(), np.empty((len(each), 0), np.int64), {name: each.to_numpy()},
+                      results[0].part, content_sha([r.split_sha for r in results]), results[0].name)
 
 # %% ../nbs/03_evaluation.ipynb #e440c9e4
 def _exposure(result, n_items, k): # How often each item stands in a top-k list

@@ -8,8 +8,9 @@ __all__ = ['UNTAUGHT', 'TEACHER', 'BOARD', 'KIND_STYLE', 'Budget', 'BoardData', 
            'open_study', 'finished', 'spent_s', 'wants_more', 'for_newcomers', 'tune', 'chosen', 'strata_rows',
            'board_row', 'options_of', 'board_path', 'read_board', 'put_rows', 'users_path', 'read_users', 'put_users',
            'by_model', 'users_frame', 'board_tests', 'search_row', 'write_tests', 'missing_seeds', 'run_model',
-           'recall', 'run_board', 'refit_row', 'BoardConfig', 'model_names', 'board_frame', 'user_intervals',
-           'metric_frame', 'stratum_frame', 'best_of', 'verdicts', 'plot_board', 'plot_search', 'plot_groups']
+           'recall', 'run_board', 'refit_row', 'deciders', 'other_splits_record', 'other_splits_frame',
+           'other_splits_lead', 'BoardConfig', 'model_names', 'board_frame', 'user_intervals', 'metric_frame',
+           'stratum_frame', 'best_of', 'verdicts', 'plot_board', 'plot_search', 'plot_groups']
 
 # %% ../nbs/10_tuning.ipynb #758dfa2d
 import time
@@ -26,7 +27,7 @@ from .core import (Config, Stopwatch, UserError, cache_dir, content_sha, did_you
                                 versions, whole_file, write_json)
 from .data import load_interactions
 from .distillation import DistillConfig, distill
-from .evaluation import EvalResult, Scorer, bootstrap_means, evaluate, holm, paired_test, popularity_bias, strata
+from .evaluation import EvalResult, Scorer, bootstrap_means, evaluate, holm, over_splits, paired_test, popularity_bias, strata
 from .reviews import ReviewEmbeddings, encode_reviews, item_tfidf
 from .rivals import RIVALS, fit_rival
 from .split import PROTOCOLS, Split, make_split
@@ -460,6 +461,49 @@ def refit_row(data: BoardData, row: dict, # A row of the board; `recall` tells `
         put_rows(folder, data.name, [again])
     return again
 
+# %% ../nbs/10_tuning.ipynb #e15b0002
+def deciders(rows: list) -> list: # Names of models
+    "Return the best ruler of each kind, and our own models."
+    kinds = [best_of(rows, (k,)) for k in ("ids", "text") if any(entry_of(r["model"]).kind == k for r in rows)]
+    return [*kinds, *(m for m in by_model(rows) if entry_of(m).kind == "ours" and m != "student_id")]
+
+
+def other_splits_record(dataset: str, rows: list, seeds=(1, 2, 3, 4), protocol: str = "random", encoder: str = "tfidf", report=None) -> dict:
+    "Fit the deciding models again, with a board's options, on other splits; the split's seed is the model's, too."
+    names, results, shas = deciders(rows), {}, {}
+    options = {r["model"]: options_of(r) for r in rows}
+    for seed in seeds:
+        data = board_data(dataset, protocol, seed, encoder)
+        recall(data, rows)
+        shas[seed] = data.split.sha
+        for name in names:
+            with Stopwatch() as w: scorer = for_newcomers(entry_of(name).fit(data, options[name], seed, None), data.split)
+            results[name, seed] = evaluate(scorer, data.split, "test", ks=(10,))
+            if report: report(f"{data.name}, split {seed}, {name}: {results[name, seed].mean():.4f}, {w.s:.0f} s")
+    mean = {m: over_splits([results[m, s] for s in seeds]) for m in names}
+    tests = {(a, m): paired_test(mean[a], mean[m]) for a in ("student", "teacher") for m in names if m != a}
+    corrected = {k: p for a in ("student", "teacher") for k, p in holm({k: t.p for k, t in tests.items() if k[0] == a}).items()}
+    return dict(dataset=board_name(dataset, protocol), splits={str(s): sha for s, sha in shas.items()}, options={m: options[m] for m in names}, encoder=encoder,
+                rows=[dict(model=m, split=s, ndcg=r.mean()) for (m, s), r in results.items()],
+                tests=[dict(of=a, against=m, diff=t.diff, ci95=list(t.ci95), p=t.p, p_holm=corrected[a, m], n_users=t.n_users) for (a, m), t in tests.items()],
+                versions=versions(), machine=machine())
+
+
+def other_splits_frame(record: dict, first: list) -> pd.DataFrame: # `first`: the board's rows; model x (the board's split, each further split, their mean, p)
+    "Lay the further splits beside the board's own, which is averaged over the seeds."
+    wide = pd.DataFrame(record["rows"]).pivot(index="model", columns="split", values="ndcg").rename(columns=lambda s: f"split {s}")
+    p = {t["against"]: t["p_holm"] for t in record["tests"] if t["of"] == "student"}
+    out = wide.assign(**{"mean of these": wide.mean(axis=1), "p against the student": pd.Series(p)})
+    out.insert(0, "the board's", board_frame(first)["mean"].reindex(out.index).astype(float))
+    return out.sort_values("mean of these", ascending=False)
+
+
+def other_splits_lead(record: dict, of: str = "student") -> tuple: # (best ruler, lead over it as a share, p by Holm)
+    "Say how far a model of ours is above the best ruler on the further splits."
+    mean = pd.DataFrame(record["rows"]).groupby("model")["ndcg"].mean()
+    ruler = mean[[m for m in mean.index if entry_of(m).kind != "ours"]].idxmax()
+    return ruler, float(mean[of] / mean[ruler] - 1), next(t["p_holm"] for t in record["tests"] if (t["of"], t["against"]) == (of, ruler))
+
 # %% ../nbs/10_tuning.ipynb #bb82fc8a
 @dataclass(frozen=True)
 class BoardConfig(Budget):
@@ -471,6 +515,7 @@ class BoardConfig(Budget):
     rerun: str = option("", "models whose rows are fitted again and compared")
     against: str = option("student", "the model that every other is tested against")
     new_items: int = option(0, "seeds with which new items are measured again; 0 reads what is stored", lo=0)
+    other_splits: int = option(0, "further splits on which the deciding models are fitted again; 0 reads what is stored", lo=0)
     encoder: str = option("tfidf", "review vectors of rivals, teacher and student")
 
     def budget(self) -> Budget: return Budget(**{o: getattr(self, o) for o in Budget.__dataclass_fields__})
@@ -499,6 +544,7 @@ def board_frame(rows: list, metric: str = "NDCG@10") -> pd.DataFrame: # One row 
 def user_intervals(users: pd.DataFrame, # From `users_frame`
                    n_boot: int = 1000, seed: int = 0) -> pd.DataFrame: # model x ("user low", "user high"), 95 %
     "Bootstrap each model's mean over the users, with the same draws for all."
+    if users.empty: return pd.DataFrame({"user low": [], "user high": []}, dtype=float)
     low, high = np.quantile(bootstrap_means(users.to_numpy(), n_boot, seed), [.025, .975], axis=0)
     return pd.DataFrame({"user low": low, "user high": high}, index=users.columns)
 

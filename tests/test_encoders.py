@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from sharp_distill.encoder_training import AdaptConfig, adapt_encoder, adapted_encoder, join_kernels, mean_result, sharpen, text_kernel
+from sharp_distill.encoder_training import AdaptConfig, adapt_encoder, adapted_encoder, join_kernels, sharpen, text_kernel
 from sharp_distill.encoders import ReviewConfig, encode_texts, load_encoder, tiny_deberta
-from sharp_distill.evaluation import EvalResult
 from sharp_distill.reviews import finish_vectors
 
 WORDS = "amp loud warm string neck bright cable pick solid cheap tone strap case tuner stand pedal".split()
@@ -89,9 +88,3 @@ def test_kernels_are_symmetric_and_silent_items_stay_silent(encoder):
     S = sharpen(K, 2.)
     assert K.shape == (22, 22) and np.allclose(K, K.T, atol=1e-5) and not K[20:].any() and not S[20:].any() and np.isfinite(S).all()
     assert np.allclose(join_kernels([K, K], .3), K, atol=1e-6) and (encoder == "none" or np.isclose(K.diagonal()[:20].mean(), 1, atol=1e-5))
-
-
-def test_splits_are_averaged_user_by_user():
-    result = lambda users, values, sha: EvalResult(np.array(users), np.empty((len(users), 0)), {"NDCG@10": np.array(values)}, "test", sha)
-    both = mean_result([result([0, 2], [.2, .4], "a"), result([0, 1], [.6, 1.], "b")])
-    assert both.user_idx.tolist() == [0, 1, 2] and np.allclose(both.values("NDCG@10"), [.4, 1., .4])
