@@ -470,6 +470,8 @@ def deciders(rows: list) -> list: # Names of models
 
 def other_splits_record(dataset: str, rows: list, seeds=(1, 2, 3, 4), protocol: str = "random", encoder: str = "tfidf", report=None) -> dict:
     "Fit the deciding models again, with a board's options, on other splits; the split's seed is the model's, too."
+    if protocol not in ("random", "random_70_20_10", "global_random"):
+        raise UserError(f"split is {protocol!r}, which deals the same parts for every seed: other splits need a random one.")
     names, results, shas = deciders(rows), {}, {}
     options = {r["model"]: options_of(r) for r in rows}
     for seed in seeds:
