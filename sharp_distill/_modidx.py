@@ -1161,6 +1161,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'sharp_distill.tuning.read_users': ('tuning.html#read_users', 'sharp_distill/tuning.py'),
                                       'sharp_distill.tuning.recall': ('tuning.html#recall', 'sharp_distill/tuning.py'),
                                       'sharp_distill.tuning.refit_row': ('tuning.html#refit_row', 'sharp_distill/tuning.py'),
+                                      'sharp_distill.tuning.rows_so_far': ('tuning.html#rows_so_far', 'sharp_distill/tuning.py'),
                                       'sharp_distill.tuning.run_board': ('tuning.html#run_board', 'sharp_distill/tuning.py'),
                                       'sharp_distill.tuning.run_model': ('tuning.html#run_model', 'sharp_distill/tuning.py'),
                                       'sharp_distill.tuning.search_row': ('tuning.html#search_row', 'sharp_distill/tuning.py'),

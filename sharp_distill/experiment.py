@@ -52,7 +52,7 @@ class DataConfig(Config):
         if data.n_items <= at_least: raise UserError(f"{self.dataset} has {data.n_items} items: expected more than {at_least}, the longest list that is measured.")
         return data
 
-
+# %% ../nbs/14_experiment.ipynb #e15d0001
 @dataclass(frozen=True)
 class RunConfig(DataConfig):
     "Everything a person can turn in `run.ipynb`."

@@ -6,9 +6,9 @@
 __all__ = ['UNTAUGHT', 'TEACHER', 'BOARD', 'KIND_STYLE', 'Budget', 'BoardData', 'board_name', 'board_data', 'Entry',
            'tuned_lightgcn', 'fitted_filter', 'tuned_teacher', 'entry_of', 'space_frame', 'suggest', 'first_setting',
            'open_study', 'finished', 'spent_s', 'wants_more', 'for_newcomers', 'tune', 'chosen', 'strata_rows',
-           'board_row', 'options_of', 'board_path', 'read_board', 'put_rows', 'users_path', 'read_users', 'put_users',
-           'by_model', 'users_frame', 'board_tests', 'search_row', 'write_tests', 'missing_seeds', 'run_model',
-           'recall', 'run_board', 'refit_row', 'deciders', 'other_splits_record', 'other_splits_frame',
+           'board_row', 'options_of', 'board_path', 'read_board', 'rows_so_far', 'put_rows', 'users_path', 'read_users',
+           'put_users', 'by_model', 'users_frame', 'board_tests', 'search_row', 'write_tests', 'missing_seeds',
+           'run_model', 'recall', 'run_board', 'refit_row', 'deciders', 'other_splits_record', 'other_splits_frame',
            'other_splits_lead', 'BoardConfig', 'model_names', 'board_frame', 'user_intervals', 'metric_frame',
            'stratum_frame', 'best_of', 'verdicts', 'plot_board', 'plot_search', 'plot_groups']
 
@@ -327,12 +327,16 @@ def read_board(folder, name: str) -> list: # Rows
         raise UserError(f"no board {name!r} in {folder}: expected one of {', '.join(found) or 'none yet'}.{did_you_mean(name, found)}")
     return read_json(path)
 
+
+def rows_so_far(folder, name: str) -> list: # Rows; none where there is no board yet
+    "Read the rows of a board that may not have begun."
+    return read_board(folder, name) if board_path(folder, name).exists() else []
+
 # %% ../nbs/10_tuning.ipynb #92535ae1
 def put_rows(folder, name: str, rows: list) -> list: # All rows of the board afterwards
     "Add rows to a board in place of those of the same model and seed."
     key, place = lambda r: (r["model"], r["seed"]), {n: k for k, n in enumerate(BOARD)}
-    old = read_json(board_path(folder, name)) if board_path(folder, name).exists() else []
-    kept = {key(r): r for r in [*old, *rows]}
+    kept = {key(r): r for r in [*rows_so_far(folder, name), *rows]}
     out = sorted(kept.values(), key=lambda r: (place.get(r["model"], len(place)), r["seed"]))
     write_json(board_path(folder, name), out)
     return out
@@ -419,7 +423,7 @@ def run_model(name: str, data: BoardData, budget: Budget, folder, until: float =
     entry, study = entry_of(name), tune(name, data, budget, until=until)
     if wants_more(study, entry, budget): return None
     options = data.best[name] = chosen(study, entry)
-    rows = read_json(board_path(folder, data.name)) if board_path(folder, data.name).exists() else []
+    rows = rows_so_far(folder, data.name)
     for seed in missing_seeds(rows, name, options, budget):
         if time.time() > until: return None
         row, result = board_row(name, for_newcomers(entry.fit(data, options, seed, None), data.split), data, seed, options)
@@ -441,7 +445,7 @@ def run_board(data: BoardData, names=None, # Models; None: all
               report=None) -> list: # The board's rows; `report` is called with a line of progress
     "Bring a board up to date."
     until = time.time() + limit_s
-    recall(data, read_board(folder, data.name) if board_path(folder, data.name).exists() else [], budget)
+    recall(data, rows_so_far(folder, data.name), budget)
     for name in names or BOARD:
         if time.time() > until: break
         with Stopwatch() as w: done = run_model(name, data, budget, folder, until)
