@@ -378,6 +378,7 @@ def write_vectors(path, # Target file; whole or not at all
                  ):
     "Write vectors with their keys and a checksum as a safetensors file."
     keys, vectors = np.ascontiguousarray(keys, "<u8"), np.ascontiguousarray(vectors, "<f2")
+    if not vectors.any(axis=1).all(): raise UserError(f"{Path(path).name}: an encoder gave a vector of zeros, which no text has; nothing was stored.")
     a, b = keys.nbytes, keys.nbytes + vectors.nbytes
     head = json.dumps({"__metadata__": {"crc": str(zlib.crc32(vectors, zlib.crc32(keys)))},
                        "keys": dict(dtype="U64", shape=list(keys.shape), data_offsets=[0, a]),
@@ -401,7 +402,8 @@ def read_vectors(path): # (keys uint64 [n], vectors float16 [n, d] memory-mapped
         def mapped(name, dtype):
             return np.memmap(path, dtype, "r", 8 + n_head + head[name]["data_offsets"][0], tuple(head[name]["shape"]))
         keys, vectors = mapped("keys", "<u8"), mapped("vectors", "<f2")
-        return (keys, vectors) if str(zlib.crc32(vectors, zlib.crc32(keys))) == head["__metadata__"]["crc"] else None
+        whole = str(zlib.crc32(vectors, zlib.crc32(keys))) == head["__metadata__"]["crc"]
+        return (keys, vectors) if whole and vectors.any(axis=1).all() else None # a zero row was never encoded
     except (OSError, ValueError, KeyError, struct.error, MemoryError, OverflowError): return None
 
 # %% ../nbs/05_1_encoders.ipynb #0d5f97ef
@@ -434,14 +436,19 @@ def cached_vectors(folder: Path, # The store of one encoder
                    texts: list, # n non-empty texts
                    encode, # encode(texts) -> float32 [n, d]; called only for unknown texts
                    block: int = 4096) -> tuple: # vectors float16 [distinct, d], memory-mapped; column int64 [n]
-    "Return the vectors of distinct texts and the column of each text, encoding only what is new."
+    "Return the vectors of distinct texts and the column of each text, encoding only what is new; one process at a time."
+    from filelock import FileLock
     keys, first, column = np.unique(text_keys(texts), return_index=True, return_inverse=True)
     path = folder / f"{content_sha(keys)}.safetensors"
-    got = read_vectors(path)
-    if got is None:
-        path.unlink(missing_ok=True)
-        encode_missing(folder, keys, [texts[i] for i in first], encode, block)
-        write_vectors(path, keys, look_up(folder, keys)[0])
-        for old in folder.glob("block-*.safetensors"): old.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"): # a second run waits, then finds every vector
         got = read_vectors(path)
+        if got is None:
+            path.unlink(missing_ok=True)
+            encode_missing(folder, keys, [texts[i] for i in first], encode, block)
+            vectors, found = look_up(folder, keys)
+            if not found.all(): raise UserError(f"{(~found).sum():,} of {len(keys):,} review vectors vanished from {folder} while they were gathered: nothing was stored; run again.")
+            write_vectors(path, keys, vectors)
+            for old in folder.glob("block-*.safetensors"): old.unlink(missing_ok=True)
+            got = read_vectors(path)
     return got[1], column

@@ -1,7 +1,10 @@
 "The encoders and the reviews: what the notebooks do not already check."
 import errno
 import json
-import threading
+import struct
+import subprocess
+import sys
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -108,7 +111,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
             self.f.write(bytes(b)[:4])
             raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(encoders, "open", lambda p, mode="r", *a: Full(real_open(p, mode)) if mode == "wb" else real_open(p, mode, *a), raising=False)
-    with pytest.raises(UserError, match="No room"): write_vectors(path, keys, np.zeros((5, 3)))
+    with pytest.raises(UserError, match="No room"): write_vectors(path, keys, np.ones((5, 3)))
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["v.safetensors"] and (read_vectors(path)[1] == 1).all()
 
 
@@ -122,15 +125,30 @@ def test_any_flipped_byte_is_noticed(tmp_path):
         assert got is None or np.array_equal(got[1], trusted), i
 
 
-def test_two_runs_at_once_share_a_store(tmp_path):
-    texts, out = [f"text {i}" for i in range(64)], []
-    def work():
-        v, column = cached_vectors(tmp_path / "store", texts, lambda ts: np.array([[float(t.split()[1])] for t in ts]), block=4)
-        out.append(v[column][:, 0].tolist())
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert out == [[float(i) for i in range(64)]] * 4
+COUNT = "import sys, numpy as np; from pathlib import Path; from sharp_distill.encoders import cached_vectors; " \
+    "texts = [f'text {i}' for i in range(200)]; v, c = cached_vectors(Path(sys.argv[1]), texts, lambda ts: np.array([[float(t.split()[1]) + 1] for t in ts]), block=7); " \
+    "sys.exit(v[c][:, 0].tolist() != [float(i) + 1 for i in range(200)])"
+
+
+def test_four_processes_share_a_store(tmp_path):
+    for trial in range(3):
+        runs = [subprocess.Popen([sys.executable, "-c", COUNT, str(tmp_path / f"store {trial}")]) for _ in range(4)]
+        assert [r.wait() for r in runs] == [0] * 4
+
+
+def test_a_stored_row_of_zeros_is_repaired_and_none_is_written(tmp_path):
+    encode = lambda ts: np.array([[float(t.split()[1]) + 1] for t in ts])
+    v, column = cached_vectors(tmp_path / "store", ["text 0", "text 1"], encode)
+    path, = (tmp_path / "store").glob("*.safetensors")
+    keys, vectors = map(np.array, encoders.read_vectors(path))
+    vectors[1] = 0
+    n, = struct.unpack("<Q", path.read_bytes()[:8])
+    head = json.loads(path.read_bytes()[8:8 + n])
+    head["__metadata__"]["crc"] = str(zlib.crc32(vectors, zlib.crc32(keys))) # as the store that lost a race wrote it
+    path.write_bytes(struct.pack("<Q", len(json.dumps(head))) + json.dumps(head).encode() + keys.tobytes() + vectors.tobytes())
+    again, column = cached_vectors(tmp_path / "store", ["text 0", "text 1"], encode)
+    assert sorted(again[:, 0].tolist()) == [1., 2.]
+    with pytest.raises(UserError, match="vector of zeros"): encoders.write_vectors(tmp_path / "zero.safetensors", keys, np.zeros((2, 1)))
 
 
 def test_options_that_change_a_vector_change_its_store(tiny):
