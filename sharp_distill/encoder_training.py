@@ -428,7 +428,7 @@ def join_kernels(kernels: list, share: float, sharpness: float = 0.): # [I, I]
 def tune_text_ease(split, kernels: list, # One [I, I], or two that are joined
                    grid: dict, # text_weight, sharpness, share, reg -> values to try; the order is the order of choosing
                   ) -> tuple: # chosen dict; valid NDCG@10; fits made
-    "Choose the options of a text ruler on validation, one at a time, twice round."
+    "Choose the options of a text baseline on validation, one at a time, twice round."
     seen = {}
     def value(**at):
         key = tuple(at.values())

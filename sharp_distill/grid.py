@@ -33,14 +33,14 @@ from .distillation import DistillConfig, distill, gather_lessons
 from .evaluation import Scorer, evaluate
 from .experiment import DataConfig, RunConfig, check_run, review_config, student_config, teacher_config, time_queries
 from .reviews import ReviewConfig, encode_reviews
-from .rivals import RIVALS, fit_rival
+from .rivals import COMPETITORS, fit_competitor
 from .sources import find_local
 from .split import make_split
 from .student import student_scorer
 from .teacher import TeacherConfig, hgnn_scores, teacher_scorer, train_teacher
 
 # %% ../nbs/14_grid.ipynb #20c98c0b
-MODELS = ("student", "student_no_kd", *BASELINES, *RIVALS)
+MODELS = ("student", "student_no_kd", *BASELINES, *COMPETITORS)
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,8 @@ def _fit_models(job: Job, split, reviews, checkpoint) -> tuple: # ({name: Scorer
         pupil = distill(None, split, reviews, DistillConfig.from_dict(job.student), checkpoint=checkpoint)
         return {"student": student_scorer(pupil)}, dict(student=pupil.valid)
     if job.model != "student":
-        options = dict(emb_dim=job.student["emb_dim"], seed=job.seed) if job.model in (*RIVALS, "lightgcn") else {}
-        fit = fit_rival(job.model, split, reviews, **options) if job.model in RIVALS else fit_baseline(job.model, split, item_text=reviews.item, **options)
+        options = dict(emb_dim=job.student["emb_dim"], seed=job.seed) if job.model in (*COMPETITORS, "lightgcn") else {}
+        fit = fit_competitor(job.model, split, reviews, **options) if job.model in COMPETITORS else fit_baseline(job.model, split, item_text=reviews.item, **options)
         return {job.model: replace(fit, name=job.model)}, {}
     with Stopwatch() as t: state, lessons = taught_by(job, split, reviews)
     pupil = distill(state, split, reviews, DistillConfig.from_dict(job.student), checkpoint=checkpoint, lessons=lessons)

@@ -295,7 +295,7 @@ def measured_checks(frame: pd.DataFrame) -> pd.DataFrame: # check, worst, holds
 class ReproduceConfig(StudyConfig):
     "Options of the reproduction."
     datasets: str = option("sample", "names or paths with commas; all: the paper's five")
-    models: str = option("popularity,ease,lightgcn,student", "what is trained besides the teacher; hccf, hgatt, lighthgnn and every other rival may be added")
+    models: str = option("popularity,ease,lightgcn,student", "what is trained besides the teacher; hccf, hgatt, lighthgnn and every other competitor may be added")
 
 
 def reproduce_jobs(cfg: ReproduceConfig) -> dict: # (dataset/model, seed) -> Job

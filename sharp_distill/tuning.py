@@ -29,7 +29,7 @@ from .data import load_interactions
 from .distillation import DistillConfig, distill
 from .evaluation import EvalResult, Scorer, bootstrap_means, evaluate, holm, over_splits, paired_test, popularity_bias, strata
 from .reviews import ReviewEmbeddings, encode_reviews, item_tfidf
-from .rivals import RIVALS, fit_rival
+from .rivals import COMPETITORS, fit_competitor
 from .split import PROTOCOLS, Split, make_split
 from .student import student_scorer
 from .teacher import TeacherConfig, fit_filter, teacher_scorer, teacher_sessions, train_teacher
@@ -52,7 +52,7 @@ class BoardData:
     "A split with its text, and the models already fitted on it."
     name: str # The board's name: data set, and protocol where it is not random
     split: Split
-    reviews: ReviewEmbeddings # What rivals, teacher and student read
+    reviews: ReviewEmbeddings # What competing models, teacher and student read
     second: str = "shipped" # Encoder of the other text-augmented EASE
     best: dict = field(default_factory=dict) # Model -> its chosen options
     memo: dict = field(default_factory=dict) # Models that others learn from
@@ -96,7 +96,7 @@ class Entry:
     ready: Callable = lambda data, seed: None # (data, seed): makes what this model learns from
 
 # %% ../nbs/10_tuning.ipynb #b9b729a6
-def _ruler(name: str, text: str = "") -> Entry: # `text`: "words", "second", or none
+def _baseline(name: str, text: str = "") -> Entry: # `text`: "words", "second", or none
     "Put a baseline on the board."
     method = BASELINES[name]
     kind = lambda data: data.second if text == "second" else text
@@ -116,13 +116,13 @@ def tuned_lightgcn(data: BoardData, seed: int) -> Scorer:
     return data.keep(("lightgcn", content_sha(options, seed)), lambda: BOARD["lightgcn"].fit(data, options, seed, None))
 
 # %% ../nbs/10_tuning.ipynb #1585331a
-def _rival(name: str) -> Entry:
-    "Put a rival on the board."
-    method, taught = RIVALS[name], name in ("simrec", "lighthgnn")
+def _competitor(name: str) -> Entry:
+    "Put a competing model on the board."
+    method, taught = COMPETITORS[name], name in ("simrec", "lighthgnn")
     def fit(data, options, seed, watch):
         teacher = tuned_lightgcn(data, seed) if taught else None
         if name == "simrec": options = dict(options, emb_dim=teacher.user_emb.shape[1]) # it copies its teacher's width
-        return fit_rival(name, data.split, data.reviews, teacher, watch, seed=seed, batch_size=data.batch_size, **options)
+        return fit_competitor(name, data.split, data.reviews, teacher, watch, seed=seed, batch_size=data.batch_size, **options)
     ready = tuned_lightgcn if taught else lambda data, seed: None
     return Entry(fit, method.space, method.defaults(), True, "text" if method.text else "ids", ready)
 
@@ -179,9 +179,9 @@ def _student(name: str, space: dict, **fixed) -> Entry: # `fixed`: options of th
 
 # %% ../nbs/10_tuning.ipynb #e66dd88f
 BOARD = {
-    **{n: _ruler(n) for n in BASELINES if n != "ease+text"},
-    "ease+tfidf": _ruler("ease+text", "words"), "ease+deberta": _ruler("ease+text", "second"),
-    **{n: _rival(n) for n in RIVALS},
+    **{n: _baseline(n) for n in BASELINES if n != "ease+text"},
+    "ease+tfidf": _baseline("ease+text", "words"), "ease+deberta": _baseline("ease+text", "second"),
+    **{n: _competitor(n) for n in COMPETITORS},
     "student_id": _student("student_id", dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"), patience=(15, 30)), use_text=False, **UNTAUGHT),
     "student_no_kd": _student("student_no_kd", dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"), patience=(15, 30)), **UNTAUGHT),
     "filter_no_sessions": Entry(_fit_timeless, {}, {}, False, "ours"),
@@ -467,7 +467,7 @@ def refit_row(data: BoardData, row: dict, # A row of the board; `recall` tells `
 
 # %% ../nbs/10_tuning.ipynb #e15b0002
 def deciders(rows: list) -> list: # Names of models
-    "Return the best ruler of each kind, and our own models."
+    "Return the best baseline of each kind, and our own models."
     kinds = [best_of(rows, (k,)) for k in ("ids", "text") if any(entry_of(r["model"]).kind == k for r in rows)]
     return [*kinds, *(m for m in by_model(rows) if entry_of(m).kind == "ours" and m != "student_id")]
 
@@ -504,11 +504,11 @@ def other_splits_frame(record: dict, first: list) -> pd.DataFrame: # `first`: th
     return out.sort_values("mean of these", ascending=False)
 
 
-def other_splits_lead(record: dict, of: str = "student") -> tuple: # (best ruler, lead over it as a share, p by Holm)
-    "Say how far a model of ours is above the best ruler on the further splits."
+def other_splits_lead(record: dict, of: str = "student") -> tuple: # (best baseline, lead over it as a share, p by Holm)
+    "Say how far a model of ours is above the best baseline on the further splits."
     mean = pd.DataFrame(record["rows"]).groupby("model")["ndcg"].mean()
-    ruler = mean[[m for m in mean.index if entry_of(m).kind != "ours"]].idxmax()
-    return ruler, float(mean[of] / mean[ruler] - 1), next(t["p_holm"] for t in record["tests"] if (t["of"], t["against"]) == (of, ruler))
+    baseline = mean[[m for m in mean.index if entry_of(m).kind != "ours"]].idxmax()
+    return baseline, float(mean[of] / mean[baseline] - 1), next(t["p_holm"] for t in record["tests"] if (t["of"], t["against"]) == (of, baseline))
 
 # %% ../nbs/10_tuning.ipynb #bb82fc8a
 @dataclass(frozen=True)
@@ -522,7 +522,7 @@ class BoardConfig(Budget):
     against: str = option("student", "the model that every other is tested against")
     new_items: int = option(0, "seeds with which new items are measured again; 0 reads what is stored", lo=0)
     other_splits: int = option(0, "further splits on which the deciding models are fitted again; 0 reads what is stored", lo=0)
-    encoder: str = option("tfidf", "review vectors of rivals, teacher and student")
+    encoder: str = option("tfidf", "review vectors of competitors, teacher and student")
 
     def budget(self) -> Budget: return Budget(**{o: getattr(self, o) for o in Budget.__dataclass_fields__})
 

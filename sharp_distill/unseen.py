@@ -117,10 +117,10 @@ def new_items_record(data: Interactions, name: str, seeds=(0,), share: float = .
     new = hold_out_items(data, share)
     reviews, vectors = encode_arrivals(new, encoder)
     item_filter = fit_filter(new.split, reviews, sessions=teacher_sessions(new.split))
-    rulers, taught = untrained_ways(new, reviews), [student_ways(new, reviews, vectors, item_filter, s) for s in progress(list(seeds), "seeds")]
+    baselines, taught = untrained_ways(new, reviews), [student_ways(new, reviews, vectors, item_filter, s) for s in progress(list(seeds), "seeds")]
     runs = [measure_new_items(new, t) for t in taught]
-    joined = measure_new_items(new, rulers) | {k: replace(first, metrics={m: np.mean([r[k].values(m) for r in runs], 0) for m in first.metrics}) for k, first in runs[0].items()}
-    configs = {s.name: s.config for s in (rulers | taught[0]).values() if s.config} | dict(teacher=TeacherConfig(**TEACHER).to_dict())
+    joined = measure_new_items(new, baselines) | {k: replace(first, metrics={m: np.mean([r[k].values(m) for r in runs], 0) for m in first.metrics}) for k, first in runs[0].items()}
+    configs = {s.name: s.config for s in (baselines | taught[0]).values() if s.config} | dict(teacher=TeacherConfig(**TEACHER).to_dict())
     tests = {k: paired_test(joined["student", k[1]], r) for k, r in joined.items() if k[0] != "student"}
     p = holm({k: t.p for k, t in tests.items()})
     rows = [dict(model=m, where=w, metrics={x: r.mean(x) for x in r.metrics}, **({} if m == "student" else dict(

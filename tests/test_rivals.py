@@ -9,7 +9,7 @@ from sharp_distill.baselines import LightGCN, LightGCNConfig, fit_baseline, fit_
 from sharp_distill.core import UserError
 from sharp_distill.evaluation import evaluate
 from sharp_distill.reviews import encode_reviews
-from sharp_distill.rivals import RIVALS, Edges, HGAtt, HGAttConfig, TextLightGCN, _EdgeSum, fit_rival
+from sharp_distill.rivals import COMPETITORS, Edges, HGAtt, HGAttConfig, TextLightGCN, _EdgeSum, fit_competitor
 
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -23,29 +23,29 @@ def reviews(split): return encode_reviews(split, "tfidf")
 def teacher(split): return fit_lightgcn(split, LightGCNConfig(epochs=8))
 
 
-@pytest.mark.parametrize("name", list(RIVALS))
+@pytest.mark.parametrize("name", list(COMPETITORS))
 def test_every_rival_beats_popularity_and_repeats(split, reviews, teacher, name):
     base = evaluate(fit_baseline("popularity", split), split).mean("NDCG@10")
-    a, b = (fit_rival(name, split, reviews, teacher, epochs=2) for _ in range(2))
+    a, b = (fit_competitor(name, split, reviews, teacher, epochs=2) for _ in range(2))
     assert np.array_equal(a.item_emb, b.item_emb)
-    a = fit_rival(name, split, reviews, teacher, epochs=25, patience=25)
+    a = fit_competitor(name, split, reviews, teacher, epochs=25, patience=25)
     assert evaluate(a, split).mean("NDCG@10") > 1.1 * base
-    assert set(RIVALS[name].space) <= set(a.config)
+    assert set(COMPETITORS[name].space) <= set(a.config)
 
 
-@pytest.mark.parametrize("name", [n for n, m in RIVALS.items() if not m.text])
+@pytest.mark.parametrize("name", [n for n, m in COMPETITORS.items() if not m.text])
 def test_only_text_models_change_with_text(split, reviews, teacher, name):
     other = replace(reviews, item=reviews.item[::-1].copy())
-    a, b = (fit_rival(name, split, r, teacher, epochs=1) for r in (reviews, other))
+    a, b = (fit_competitor(name, split, r, teacher, epochs=1) for r in (reviews, other))
     assert np.array_equal(a.item_emb, b.item_emb)
 
 
-@pytest.mark.parametrize("name", [n for n, m in RIVALS.items() if m.text])
+@pytest.mark.parametrize("name", [n for n, m in COMPETITORS.items() if m.text])
 def test_text_models_do_change_with_text(split, reviews, teacher, name):
     other = replace(reviews, item=reviews.item[::-1].copy())
-    a, b = (fit_rival(name, split, r, teacher, epochs=1) for r in (reviews, other))
+    a, b = (fit_competitor(name, split, r, teacher, epochs=1) for r in (reviews, other))
     assert not np.allclose(a.item_emb, b.item_emb)
-    with pytest.raises(UserError, match="encode the reviews of this split"): fit_rival(name, split, replace(reviews, split_sha="x"), teacher)
+    with pytest.raises(UserError, match="encode the reviews of this split"): fit_competitor(name, split, replace(reviews, split_sha="x"), teacher)
 
 
 def test_text_lightgcn_without_maps_is_lightgcn(split, reviews):

@@ -1,4 +1,4 @@
-"""Checks of the speed protocol: rivals' partial reruns are exact, the clock is honest, verdicts follow from numbers."""
+"""Checks of the speed protocol: competitors' partial reruns are exact, the clock is honest, verdicts follow from numbers."""
 import time
 
 import numpy as np
@@ -92,7 +92,7 @@ def test_bad_options_and_processes_are_named():
 def test_whole_propagation_is_a_verdict_of_its_own():
     records = [dict(nodes=136_701, model=m, regime=g, over_student=1., p50_ms=p) for m, g, p in
                (("student", "fresh", 2.), ("hgnn", "propagate", 300.), ("hgnn", "fresh", 150.), ("lightgcn", "propagate", 60.))]
-    whole = {v["rival"]: v for v in verdicts(records, 136_701) if v["regime"].startswith("whole")}
+    whole = {v["competitor"]: v for v in verdicts(records, 136_701) if v["regime"].startswith("whole")}
     assert whole["hgnn"]["measured"] == 150 and whole["hgnn"]["supports"] and not whole["lightgcn"]["supports"]
 
 
