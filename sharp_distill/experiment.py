@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EASE_RIDGES', 'EASE_MAX_ITEMS', 'SWEEP', 'PARTS_OF', 'DataConfig', 'RunConfig', 'run_config', 'Prepared',
            'review_config', 'prepare', 'fit_tuned_ease', 'fit_tuned_text_ease', 'teacher_config', 'student_config',
-           'Fitted', 'untaught_config', 'fit_models', 'quality_frame', 'time_queries', 'latency_frame',
+           'Fitted', 'without_distillation_config', 'fit_models', 'quality_frame', 'time_queries', 'latency_frame',
            'retention_frame', 'sensitivity_frame', 'run_record', 'run_id', 'RunFolder', 'check_run', 'runs_frame']
 
 # %% ../nbs/14_experiment.ipynb #c4348d82
@@ -22,7 +22,7 @@ from .baselines import LightGCNConfig, fit_ease, fit_lightgcn, fit_popularity, i
 from .core import Config, Stopwatch, UserError, content_sha, machine, option, peak_mib, progress, read_json, versions, write_json
 from .data import Interactions, load_interactions
 from .files import ENCODING_HELP
-from .distillation import DistillConfig, Lessons, distill, gather_lessons
+from .distillation import DistillConfig, Targets, distill, gather_targets
 from .evaluation import Scorer, bootstrap_means, compare, evaluate, rank_topk
 from .reviews import ReviewConfig, ReviewEmbeddings, encode_reviews
 from .serving import build_recommender, save
@@ -152,11 +152,11 @@ class Fitted:
     results: dict # Name -> EvalResult on test
     teacher: TeacherState
     student: StudentState
-    lessons: Lessons
+    targets: Targets
     histories: dict # Name -> frame of epochs
 
 
-def untaught_config(cfg: RunConfig) -> DistillConfig:
+def without_distillation_config(cfg: RunConfig) -> DistillConfig:
     "The student on hard labels only, trained as long as the teacher."
     return student_config(cfg).replace(init="random", soft_labels="none", contrast="none", gamma_start=1., lr=cfg.lr, epochs=cfg.epochs, batch_size=cfg.batch_size, reg=cfg.reg, patience=5)
 
@@ -166,17 +166,17 @@ def fit_models(prepared: Prepared, cfg: RunConfig) -> Fitted:
     split, reviews = prepared.split, prepared.reviews
     lightgcn = fit_lightgcn(split, LightGCNConfig(emb_dim=cfg.emb_dim, seed=cfg.seed, device=cfg.device, epochs=cfg.epochs))
     teacher = train_teacher(split, reviews, teacher_config(cfg))
-    with Stopwatch() as t: lessons = gather_lessons(teacher, student_config(cfg))
-    student = distill(teacher, split, reviews, student_config(cfg), lessons=lessons)
-    untaught = distill(None, split, reviews, untaught_config(cfg))
+    with Stopwatch() as t: targets = gather_targets(teacher, student_config(cfg))
+    student = distill(teacher, split, reviews, student_config(cfg), targets=targets)
+    without_distillation = distill(None, split, reviews, without_distillation_config(cfg))
     models = [fit_popularity(split), fit_tuned_ease(split), fit_tuned_text_ease(split, reviews), lightgcn,
-              teacher_scorer(teacher), student_scorer(untaught, "student_no_kd"), student_scorer(student)]
+              teacher_scorer(teacher), student_scorer(without_distillation, "student_no_kd"), student_scorer(student)]
     scorers = {s.name: s for s in models if s is not None}
     ks = tuple(sorted({5, 10, 20, cfg.k}))
     results = {name: evaluate(s, split, "test", ks) for name, s in progress(scorers.items(), "test")}
     histories = {"lightgcn": lightgcn.history.to_frame(), "teacher": teacher.history.to_frame(),
                  "student": student.history.to_frame().rename(columns={"valid": "fidelity"})} # its judge
-    return Fitted(scorers, results, teacher, student, lessons, histories)
+    return Fitted(scorers, results, teacher, student, targets, histories)
 
 # %% ../nbs/14_experiment.ipynb #e2e9d36e
 def quality_frame(fitted: Fitted, metric: str = "NDCG@10") -> pd.DataFrame: # model, mean, low, high
@@ -226,8 +226,8 @@ def sensitivity_frame(prepared: Prepared, fitted: Fitted, cfg: RunConfig, sweep:
     for param, name, value in progress(jobs, "sensitivity"):
         one = base.replace(**{name: value}, **({"t_max": max(base.t_max, value)} if name == "t_min" else {}))
         if one not in known:
-            lessons = fitted.lessons if (one.emb_dim, one.t_min) == (base.emb_dim, base.t_min) else None
-            known[one] = distill(fitted.teacher, prepared.split, prepared.reviews, one, lessons=lessons).valid["student"]
+            targets = fitted.targets if (one.emb_dim, one.t_min) == (base.emb_dim, base.t_min) else None
+            known[one] = distill(fitted.teacher, prepared.split, prepared.reviews, one, targets=targets).valid["student"]
         rows.append(dict(param=param, value=value, mean=known[one], chosen=value == getattr(base, name)))
     return pd.DataFrame(rows)
 

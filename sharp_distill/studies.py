@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['COMPONENTS', 'ANALYSES', 'KNOBS', 'SOURCE', 'PUBLISHED', 'PUBLISHED_SIZES', 'PUBLISHED_MS', 'PUBLISHED_ABLATION',
            'PUBLISHED_RETENTION', 'PUBLISHED_HIT_RATE', 'StudyConfig', 'study_jobs', 'run_study', 'pick', 'numbers',
-           'component_changes', 'untaught', 'transfer_changes', 'attention_changes', 'loss_changes', 'text_changes',
-           'AblationConfig', 'ablation_changes', 'study_frame', 'interval', 'difference_frame', 'alignment_frame',
-           'Knob', 'SensitivityConfig', 'spread', 'swept_values', 'sweep_changes', 'sweep_frame', 'ScalabilityConfig',
-           'share_changes', 'published_checks', 'measured_checks', 'ReproduceConfig', 'reproduce_jobs',
-           'beside_published', 'kept_frame', 'write_board', 'read_boards']
+           'component_changes', 'without_distillation', 'transfer_changes', 'attention_changes', 'loss_changes',
+           'text_changes', 'AblationConfig', 'ablation_changes', 'study_frame', 'interval', 'difference_frame',
+           'alignment_frame', 'Knob', 'SensitivityConfig', 'spread', 'swept_values', 'sweep_changes', 'sweep_frame',
+           'ScalabilityConfig', 'share_changes', 'published_checks', 'measured_checks', 'ReproduceConfig',
+           'reproduce_jobs', 'beside_published', 'kept_frame', 'write_board', 'read_boards']
 
 # %% ../nbs/14_studies.ipynb #87170bcf
 import json
@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .core import UserError, did_you_mean, machine, option, read_json, versions, write_json
-from .experiment import RunConfig, student_config, untaught_config
+from .experiment import RunConfig, student_config, without_distillation_config
 from .grid import MODELS, Change, LaunchConfig, job_folder, launch, make_job
 
 # %% ../nbs/14_studies.ipynb #3a029e77
@@ -80,9 +80,9 @@ def component_changes(cfg: RunConfig) -> dict: # component -> list of Change
 COMPONENTS = ("deberta", "contrastive_learning", "positional_encoding", "hypergraph", "interpolation", "soft_labels")
 
 # %% ../nbs/14_studies.ipynb #af50b13f
-def untaught(name: str, cfg: RunConfig) -> Change:
+def without_distillation(name: str, cfg: RunConfig) -> Change:
     "The same student without a teacher."
-    return Change(name, student=untaught_config(cfg).to_dict(), job=dict(model="student_no_kd"))
+    return Change(name, student=without_distillation_config(cfg).to_dict(), job=dict(model="student_no_kd"))
 
 
 def transfer_changes(cfg: RunConfig) -> list:
@@ -90,7 +90,7 @@ def transfer_changes(cfg: RunConfig) -> list:
     off = dict(soft_labels="none", contrast="none", gamma_start=1.)
     alone = lambda name, **on: Change(name, student={**off, "init": "random", "epochs": cfg.epochs, **on})
     return [Change("every channel"), Change("spectral start only", student={**off, "epochs": 0}), alone("soft labels only", soft_labels="corrected"),
-            alone("structure only", contrast="corrected", alpha=1.), alone("position only", contrast="corrected", alpha=0.), untaught("nothing transferred", cfg)]
+            alone("structure only", contrast="corrected", alpha=1.), alone("position only", contrast="corrected", alpha=0.), without_distillation("nothing transferred", cfg)]
 
 
 def attention_changes() -> list:
@@ -124,7 +124,7 @@ class AblationConfig(StudyConfig):
 def ablation_changes(cfg: AblationConfig) -> dict: # analysis -> list of Change; the first is the reference
     "List what an ablation compares."
     parts = [c for name in pick(cfg.component, COMPONENTS, "component") for c in component_changes(cfg)[name]]
-    if cfg.component == "all": parts.append(untaught("no teaching at all", cfg))
+    if cfg.component == "all": parts.append(without_distillation("no teaching at all", cfg))
     lists = dict(components=[Change("full model"), *parts], knowledge_transfer=transfer_changes(cfg), attention=attention_changes(), losses=loss_changes(cfg), text=text_changes())
     return {a: lists[a] for a in pick(cfg.analysis, ANALYSES, "analysis")}
 

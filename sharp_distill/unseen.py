@@ -21,7 +21,7 @@ from .reviews import ReviewEmbeddings, encode_reviews, item_tfidf
 from .split import Split, deal_random, place_within
 from .student import StudentState
 from .teacher import TeacherConfig, fit_filter, teacher_sessions, train_teacher, weighted_gram
-from .tuning import TEACHER, UNTAUGHT
+from .tuning import TEACHER, WITHOUT_DISTILLATION
 
 # %% ../nbs/10_unseen.ipynb #f52646b7
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ def student_ways(new: NewItems, reviews, vectors, # float32 [n, d_t]
                  item_filter, # What `fit_filter` returned for the teacher
                  seed: int = 0) -> dict: # Name -> Scorer
     "Train the student with and without a teacher, and place the new items with each."
-    fixed = dict(student_no_kd=DistillConfig(**UNTAUGHT, seed=seed), student=DistillConfig(seed=seed))
+    fixed = dict(student_no_kd=DistillConfig(**WITHOUT_DISTILLATION, seed=seed), student=DistillConfig(seed=seed))
     teacher = train_teacher(new.split, reviews, TeacherConfig(**TEACHER, seed=seed), find_filter=lambda: item_filter)
     fit = lambda name, cfg: distill(teacher if name == "student" else None, new.split, reviews, cfg)
     return {name: replace(arrive(fit(name, cfg), new, vectors, name), config=cfg.to_dict()) for name, cfg in fixed.items()}
