@@ -34,7 +34,7 @@ class DistillConfig(StudentConfig, TrainConfig):
     batch_size: int = option(512, "users a step (train interactions where there is no teacher)", lo=1)
     epochs: int = option(60, "most passes over the users", lo=0)
     patience: int = option(60, "validations without a better one before stopping; the falling learning rate needs its whole way", lo=1)
-    chosen_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, or validation NDCG@10", choices=("fidelity", "validation"))
+    select_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, or validation NDCG@10", choices=("fidelity", "validation"))
     reg: float = option(0., "L2 weight on the rows of a batch", lo=0.)
     init: str = option("spectral", "where the student starts", choices=("spectral", "random"))
     emphasis: float = option(1.5, "power of the standardised scores before the spectral summary; above 1 the best items count more", lo=.5, hi=4.)
@@ -329,7 +329,7 @@ def distill(teacher: TeacherState | None, # None: hard labels only
         asked = lambda: fidelity(score(now()), targets.soft, train)
         taught = lambda u, _, epoch, gen: distill_loss(model, targets, train, u, draw_items(train, u, gen), epoch, gen)
         without_distillation = lambda u, i, epoch, gen: distill_loss(model, None, train, u, i, epoch, gen)
-        validate = asked if teacher and cfg.soft_labels != "none" and cfg.chosen_by == "fidelity" else ndcg
+        validate = asked if teacher and cfg.soft_labels != "none" and cfg.select_by == "fidelity" else ndcg
         start, some = ndcg(), np.flatnonzero(np.diff(train.indptr)) # users with a train item
         rows = (some, some) if teacher else (split.train.user_idx, split.train.item_idx)
         history = fit(model, rows, taught if teacher else without_distillation, validate, cfg, checkpoint, "student")

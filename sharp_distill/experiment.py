@@ -175,7 +175,7 @@ def fit_models(prepared: Prepared, cfg: RunConfig) -> Fitted:
     ks = tuple(sorted({5, 10, 20, cfg.k}))
     results = {name: evaluate(s, split, "test", ks) for name, s in progress(scorers.items(), "test")}
     histories = {"lightgcn": lightgcn.history.to_frame(), "teacher": teacher.history.to_frame(),
-                 "student": student.history.to_frame().rename(columns={"valid": "fidelity"})} # its judge
+                 "student": student.history.to_frame().rename(columns={"valid": "fidelity"})} # its selection criterion
     return Fitted(scorers, results, teacher, student, targets, histories)
 
 # %% ../nbs/14_experiment.ipynb #e2e9d36e

@@ -136,7 +136,7 @@ def cached(folder: Path, # Made by `cache_dir`
         return state
 
 # %% ../nbs/14_grid.ipynb #a6420a3a
-AFTER_TARGETS = ("lr", "lr_schedule", "batch_size", "epochs", "chosen_by", "patience", "eval_every", "reg", "loss", "n_negatives", "precision", "init", "init_ridge", "soft_labels", "kd_weight", "t_max", "gamma_start",
+AFTER_TARGETS = ("lr", "lr_schedule", "batch_size", "epochs", "select_by", "patience", "eval_every", "reg", "loss", "n_negatives", "precision", "init", "init_ridge", "soft_labels", "kd_weight", "t_max", "gamma_start",
                  "anneal_share", "contrast", "alpha", "contrast_temp", "user_weight", "item_weight", "head", "use_text", "device") # `gather_targets` reads none of these
 
 
