@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'ITEM_RIDGE', 'DistillConfig', 'soft_label_loss', 'SoftLabels', 'user_blocks', 'gather_soft_labels',
-           'temperature', 'mix_gamma', 'literal_contrast', 'similarity_transfer', 'spectral_targets', 'softmax_scale',
+           'temperature', 'mix_gamma', 'published_contrast', 'similarity_transfer', 'spectral_targets', 'softmax_scale',
            'ridge_map', 'fit_messages', 'StudentModule', 'start_spectral', 'Targets', 'gather_targets', 'distill_loss',
            'fidelity', 'freeze_student', 'draw_items', 'distill']
 
@@ -39,14 +39,14 @@ class DistillConfig(StudentConfig, TrainConfig):
     init: str = option("spectral", "where the student starts", choices=("spectral", "random"))
     emphasis: float = option(1.5, "power of the standardised scores before the spectral summary; above 1 the best items count more", lo=.5, hi=4.)
     init_ridge: float = option(.03, "ridge of the spectral start", lo=0.)
-    soft_labels: str = option("corrected", "soft labels from the teacher", choices=("corrected", "literal", "none"))
+    soft_labels: str = option("modified", "soft labels from the teacher", choices=("modified", "published", "none"))
     kd_weight: float = option(1., "share of soft labels beside hard ones (beta of eq. 15)", lo=0., hi=1.)
     t_max: float = option(1., "temperature in the first epoch", lo=.01)
     t_min: float = option(.4, "temperature at the end of the annealing", lo=.01)
     n_top: int = option(100, "teacher's best items a user", lo=1)
     gamma_start: float = option(1., "share of the student in the interpolation at first; reaches 1", lo=0., hi=1.)
     anneal_share: float = option(.5, "share of the epochs over which temperature and gamma move", lo=.01, hi=1.)
-    contrast: str = option("none", "structural and positional transfer", choices=("corrected", "literal", "none"))
+    contrast: str = option("none", "structural and positional transfer", choices=("modified", "published", "none"))
     alpha: float = option(.5, "structure against position", lo=0., hi=1.)
     contrast_temp: float = option(.1, "temperature of the similarities", lo=1e-3)
     user_weight: float = option(1., "weight of the users' term (lambda_2)", lo=0.)
@@ -105,7 +105,7 @@ def mix_gamma(epoch: int, cfg: DistillConfig) -> float:
     return cfg.gamma_start + (1 - cfg.gamma_start) * _progress(epoch, cfg)
 
 # %% ../nbs/09_distillation.ipynb #a8766ab2
-def literal_contrast(z_teacher, z_student, # [B, d] the same vertices
+def published_contrast(z_teacher, z_student, # [B, d] the same vertices
                      position_sim, # [B, B] cosines of positions
                      alpha: float, temp: float):
     "Return the contrastive loss as printed, equations (18-20)."
@@ -116,7 +116,7 @@ def literal_contrast(z_teacher, z_student, # [B, d] the same vertices
 def similarity_transfer(z_teacher, z_student, # [B, d] the same vertices
                         position_sim, # [B, B]
                         alpha: float, temp: float):
-    "Return KL between where a vertex should stand among the teacher's rows and where it stands (corrected 18-20)."
+    "Return KL between where a vertex should stand among the teacher's rows and where it stands (modified 18-20)."
     unit_t, unit_s = F.normalize(z_teacher, dim=1), F.normalize(z_student, dim=1)
     target = F.softmax((alpha * unit_t @ unit_t.T + (1 - alpha) * position_sim) / temp, 1)
     return F.kl_div(F.log_softmax(unit_s @ unit_t.T / temp, 1), target, reduction="batchmean")
@@ -227,7 +227,7 @@ class Targets:
     items: torch.Tensor # [I, d] spectral item rows
     soft: SoftLabels
     positions: tuple # (user [U, r], item [I, r]), rows of unit length
-    outputs: object = None # user_idx -> teacher's sigmoid outputs, for the literal soft labels
+    outputs: object = None # user_idx -> teacher's sigmoid outputs, for the soft labels as published
 
 
 def gather_targets(teacher: TeacherState, cfg: DistillConfig, device="cpu") -> Targets:
@@ -245,7 +245,7 @@ def gather_targets(teacher: TeacherState, cfg: DistillConfig, device="cpu") -> T
 def _soft_part(model, targets, logits, zu, zi, users, epoch): # logits [B, n], -inf where a user has chosen the item
     "Return the soft-label loss of a batch."
     cfg, at = model.cfg, users.cpu().numpy()
-    if cfg.soft_labels == "literal":
+    if cfg.soft_labels == "published":
         teacher = torch.as_tensor(np.asarray(targets.outputs(at), np.float32), device=zu.device)
         return soft_label_loss(torch.sigmoid(model.logits(zu, zi)), teacher, temperature(epoch, cfg))
     items = torch.as_tensor(targets.soft.items[at].astype(np.int64), device=zu.device)
@@ -258,7 +258,7 @@ def _soft_part(model, targets, logits, zu, zi, users, epoch): # logits [B, n], -
 def _contrast_part(model, targets, side, z, rows): # side 0: users, 1: items; z [N, d]; rows int64
     "Return the structural and positional loss of one side."
     cfg, teacher, p = model.cfg, (targets.users, targets.items)[side][rows], targets.positions[side][rows]
-    loss = literal_contrast if cfg.contrast == "literal" else similarity_transfer
+    loss = published_contrast if cfg.contrast == "published" else similarity_transfer
     return loss(teacher, z[rows], p @ p.T, cfg.alpha, cfg.contrast_temp)
 
 # %% ../nbs/09_distillation.ipynb #c0c1320e

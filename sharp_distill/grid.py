@@ -150,7 +150,7 @@ def teacher_and_targets(job: Job, split, reviews) -> tuple: # (TeacherState, Tar
     folder = cache_dir("teachers", key)
     state = cached(folder, "teacher", lambda: train_teacher(split, reviews, cfg, checkpoint=folder / "training.safetensors"))
     targets = cached(folder, "targets-" + content_sha({k: v for k, v in wanted.to_dict().items() if k not in AFTER_TARGETS}), lambda: gather_targets(state, wanted))
-    if wanted.soft_labels == "literal": targets = replace(targets, outputs=lambda u: 1 / (1 + np.exp(-hgnn_scores(state, u))))
+    if wanted.soft_labels == "published": targets = replace(targets, outputs=lambda u: 1 / (1 + np.exp(-hgnn_scores(state, u))))
     return state, targets
 
 # %% ../nbs/14_grid.ipynb #c3d4dfff

@@ -64,12 +64,12 @@ def numbers(text: str, what: str, kind=float) -> tuple: # "64,128" -> (64, 128)
 def component_changes(cfg: RunConfig) -> dict: # component -> list of Change
     "List what becomes of the full model without, or with, each component."
     base, of_student = student_config(cfg), lambda name, **on: Change(name, student=on)
-    contrast = [of_student("no contrast in the student", contrast="none")] if base.contrast != "none" else [of_student("with contrast in the student", contrast="corrected")]
+    contrast = [of_student("no contrast in the student", contrast="none")] if base.contrast != "none" else [of_student("with contrast in the student", contrast="modified")]
     mixing = [of_student("no interpolation", gamma_start=1.)] if base.gamma_start < 1 else [of_student("with interpolation", gamma_start=.5)]
     return {
         "deberta": [Change("no review text", run=dict(encoder="none")), Change("reviews dealt to others", run=dict(encoder="shuffled"))],
         "contrastive_learning": [Change("no alignment in the teacher", teacher=dict(align_weight=0., intra_weight=0.)), *contrast],
-        "positional_encoding": [of_student("contrast without positions", contrast="corrected", alpha=1.), of_student("contrast by positions alone", contrast="corrected", alpha=0.)],
+        "positional_encoding": [of_student("contrast without positions", contrast="modified", alpha=1.), of_student("contrast by positions alone", contrast="modified", alpha=0.)],
         "hypergraph": [Change("no hypergraph steps", teacher=dict(n_layers=0, bridge=False)), Change("no hypergraph filter", teacher=dict(item_filter="none")),
                        Change("no sessions", teacher=dict(session_weight=0.))],
         "interpolation": mixing,
@@ -89,8 +89,8 @@ def transfer_changes(cfg: RunConfig) -> list:
     "List the channels of the transfer, each alone from a random start."
     off = dict(soft_labels="none", contrast="none", gamma_start=1.)
     alone = lambda name, **on: Change(name, student={**off, "init": "random", "epochs": cfg.epochs, **on})
-    return [Change("every channel"), Change("spectral start only", student={**off, "epochs": 0}), alone("soft labels only", soft_labels="corrected"),
-            alone("structure only", contrast="corrected", alpha=1.), alone("position only", contrast="corrected", alpha=0.), without_distillation("nothing transferred", cfg)]
+    return [Change("every channel"), Change("spectral start only", student={**off, "epochs": 0}), alone("soft labels only", soft_labels="modified"),
+            alone("structure only", contrast="modified", alpha=1.), alone("position only", contrast="modified", alpha=0.), without_distillation("nothing transferred", cfg)]
 
 
 def attention_changes() -> list:
@@ -101,9 +101,9 @@ def attention_changes() -> list:
 
 def loss_changes(cfg: RunConfig) -> list:
     "List the losses as printed and as corrected."
-    literal = dict(soft_labels="literal", contrast="literal")
-    return [Change("the defaults"), Change("literal soft labels", student=dict(soft_labels="literal")), Change("literal contrast", student=dict(contrast="literal")), Change("corrected contrast", student=dict(contrast="corrected")),
-            Change("both literal", student=literal), Change("both literal, random start", student=dict(init="random", epochs=cfg.epochs, **literal))]
+    literal = dict(soft_labels="published", contrast="published")
+    return [Change("the defaults"), Change("soft labels as published", student=dict(soft_labels="published")), Change("contrast as published", student=dict(contrast="published")), Change("modified contrast", student=dict(contrast="modified")),
+            Change("both as published", student=literal), Change("both as published, random start", student=dict(init="random", epochs=cfg.epochs, **literal))]
 
 
 def text_changes() -> list:
@@ -181,7 +181,7 @@ class Knob:
     also: dict = field(default_factory=dict) # What must be on for the knob to act
 
 
-_CONTRAST = dict(contrast="corrected")
+_CONTRAST = dict(contrast="modified")
 KNOBS = {
     "temperature": Knob("run", ("temperature",), (.1, .2, .4, .8, 1.6)), "alpha": Knob("student", ("alpha",), (0., .25, .5, .75, 1.), _CONTRAST),
     "gamma": Knob("run", ("gamma",), (0., .25, .5, .75, 1.)), "lambda": Knob("student", ("user_weight", "item_weight"), (0., .1, 1., 10.), _CONTRAST),

@@ -29,7 +29,7 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def grid(): return [make_job(QUICK, Change("full", **SMALL)), make_job(QUICK, Change("other", student=dict(contrast="corrected"), **SMALL))]
+def grid(): return [make_job(QUICK, Change("full", **SMALL)), make_job(QUICK, Change("other", student=dict(contrast="modified"), **SMALL))]
 
 
 @pytest.fixture(scope="module")
