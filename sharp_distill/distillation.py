@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'ITEM_RIDGE', 'DistillConfig', 'soft_label_loss', 'SoftLabels', 'user_blocks', 'gather_soft_labels',
-           'temperature', 'mix_gamma', 'published_contrast', 'similarity_transfer', 'spectral_targets', 'softmax_scale',
-           'ridge_map', 'fit_messages', 'StudentModule', 'start_spectral', 'Targets', 'gather_targets', 'distill_loss',
+           'temperature', 'mix_gamma', 'published_contrast', 'similarity_transfer', 'svd_targets', 'softmax_scale',
+           'ridge_map', 'fit_messages', 'StudentModule', 'init_from_svd', 'Targets', 'gather_targets', 'distill_loss',
            'fidelity', 'freeze_student', 'draw_items', 'distill']
 
 # %% ../nbs/09_distillation.ipynb #5eec0208
@@ -36,8 +36,8 @@ class DistillConfig(StudentConfig, TrainConfig):
     patience: int = option(60, "validations without a better one before stopping; the falling learning rate needs its whole way", lo=1)
     select_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, or validation NDCG@10", choices=("fidelity", "validation"))
     reg: float = option(0., "L2 weight on the rows of a batch", lo=0.)
-    init: str = option("spectral", "where the student starts", choices=("spectral", "random"))
-    emphasis: float = option(1.5, "power of the standardised scores before the spectral summary; above 1 the best items count more", lo=.5, hi=4.)
+    init: str = option("svd", "where the student starts", choices=("svd", "random"))
+    score_exponent: float = option(1.5, "power of the standardised scores before the spectral summary; above 1 the best items count more", lo=.5, hi=4.)
     init_ridge: float = option(.03, "ridge of the spectral start", lo=0.)
     soft_labels: str = option("modified", "soft labels from the teacher", choices=("modified", "published", "none"))
     kd_weight: float = option(1., "share of soft labels beside hard ones (beta of eq. 15)", lo=0., hi=1.)
@@ -122,16 +122,16 @@ def similarity_transfer(z_teacher, z_student, # [B, d] the same vertices
     return F.kl_div(F.log_softmax(unit_s @ unit_t.T / temp, 1), target, reduction="batchmean")
 
 # %% ../nbs/09_distillation.ipynb #4808bd29
-def spectral_targets(score, # user_idx -> float32 [B, I], the teacher
+def svd_targets(score, # user_idx -> float32 [B, I], the teacher
                      n_users: int, n_items: int, d: int, # d is cut to what the sizes allow
-                     emphasis: float = 1., # Power of the standardised scores
+                     score_exponent: float = 1., # Power of the standardised scores
                      n_iter: int = 2, seed: int = 0) -> tuple: # (users [U, d], items [I, d]) float32
-    "Return the best rank-d factors of the emphasised teacher scores, without building them."
+    "Return the best rank-d factors of the sharpened teacher scores, without building them."
     blocks = list(user_blocks(n_users, n_items))
     def rows(u):
         s = standardise(np.asarray(score(u), np.float32))
-        return s if emphasis == 1 else np.sign(s) * np.abs(s) ** np.float32(emphasis)
-    Q = rng(seed, "spectral").standard_normal((n_items, min(d + 16, n_items, n_users)), dtype=np.float32)
+        return s if score_exponent == 1 else np.sign(s) * np.abs(s) ** np.float32(score_exponent)
+    Q = rng(seed, "svd").standard_normal((n_items, min(d + 16, n_items, n_users)), dtype=np.float32)
     for _ in range(n_iter + 1):
         Q = np.linalg.qr(sum((s := rows(u)).T @ (s @ Q) for u in blocks))[0]
     C = np.vstack([rows(u) @ Q for u in blocks])
@@ -143,7 +143,7 @@ def spectral_targets(score, # user_idx -> float32 [B, I], the teacher
     return (Y / balance).astype(np.float32), (V * balance).astype(np.float32)
 
 
-SCALES = tuple(2. ** (k / 2) for k in range(-12, 5)) # tried for the spectral start
+SCALES = tuple(2. ** (k / 2) for k in range(-12, 5)) # tried for the SVD initialisation
 
 
 def softmax_scale(Y, V, score, temp: float, n: int = 500) -> float: # [U, d], [I, d], user_idx -> standardised scores
@@ -207,8 +207,8 @@ class StudentModule(nn.Module):
         return dot + (F.relu((zu @ h["w_user"])[:, None] + zi @ h["w_item"] + h["b1"]) @ h["w2"])[..., 0]
 
 # %% ../nbs/09_distillation.ipynb #e2dfe4b5
-def start_spectral(model: StudentModule, Y: np.ndarray, V: np.ndarray): # [U, d], [I, d]
-    "Set a student's parameters so that its rows come nearest to the spectral targets."
+def init_from_svd(model: StudentModule, Y: np.ndarray, V: np.ndarray): # [U, d], [I, d]
+    "Set a student's parameters so that its rows come nearest to the SVD targets."
     edges = sp.csr_matrix((model.edges.A.values().cpu().numpy(), model.edges.A.col_indices().cpu().numpy(), model.edges.A.crow_indices().cpu().numpy()), shape=tuple(model.edges.A.shape))
     own = (model.loop_u * model.x_user).cpu().numpy()
     q, user_map = fit_messages(edges, own, Y, model.cfg.init_ridge)
@@ -223,8 +223,8 @@ def start_spectral(model: StudentModule, Y: np.ndarray, V: np.ndarray): # [U, d]
 @dataclass(frozen=True, eq=False)
 class Targets:
     "Everything the teacher says, as constants."
-    users: torch.Tensor # [U, d] spectral user rows
-    items: torch.Tensor # [I, d] spectral item rows
+    users: torch.Tensor # [U, d] SVD user rows
+    items: torch.Tensor # [I, d] SVD item rows
     soft: SoftLabels
     positions: tuple # (user [U, r], item [I, r]), rows of unit length
     outputs: object = None # user_idx -> teacher's sigmoid outputs, for the soft labels as published
@@ -234,7 +234,7 @@ def gather_targets(teacher: TeacherState, cfg: DistillConfig, device="cpu") -> T
     "Compute what the student will be distilled, in a few passes over the teacher's scores."
     score, (n_users, n_items) = lambda u: teacher_scores(teacher, u), teacher.train.shape
     standard = lambda u: standardise(score(u))
-    Y, V = spectral_targets(score, n_users, n_items, cfg.emb_dim, cfg.emphasis, seed=cfg.seed)
+    Y, V = svd_targets(score, n_users, n_items, cfg.emb_dim, cfg.score_exponent, seed=cfg.seed)
     Y, V = (softmax_scale(Y, V, standard, cfg.t_min) ** .5 * a for a in (Y, V))
     targets = gather_soft_labels(standard, teacher.train, cfg.n_top)
     tensor = lambda a: torch.as_tensor(a, device=device)
@@ -322,7 +322,7 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     with Stopwatch() as t:
         model = StudentModule(train, reviews, cfg, device)
         if teacher and targets is None: targets = gather_targets(teacher, cfg, device)
-        if teacher and cfg.init == "spectral": start_spectral(model, targets.users.cpu().numpy(), targets.items.cpu().numpy())
+        if teacher and cfg.init == "svd": init_from_svd(model, targets.users.cpu().numpy(), targets.items.cpu().numpy())
         score = lambda state: lambda u: student_scores(state, state.user_emb[u])
         now = lambda: freeze_student(model, train, split, reviews)
         ndcg = lambda: evaluate(score(now()), split, "valid", ks=(10,)).mean("NDCG@10")

@@ -187,7 +187,7 @@ BOARD = {
     "filter_no_sessions": Entry(_fit_timeless, {}, {}, False, "ours"),
     "filter": Entry(_fit_filter, {}, {}, False, "ours"),
     "teacher": _teacher(dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"))),
-    "student": _student("student", dict(lr=(.01, .06, "log"), emphasis=(1., 2.5, "linear"), init_ridge=(.003, .3, "log"))),
+    "student": _student("student", dict(lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"), init_ridge=(.003, .3, "log"))),
 }
 
 # %% ../nbs/10_tuning.ipynb #1aab303e
