@@ -32,7 +32,7 @@ class Step:
     users: int # Users with a row afterwards
     items: int # Items with a row afterwards
     rows: int # Rows afterwards
-    note: str = "" # What a reader should know about it
+    note: str = "" # What a user should know about it
 
 # %% ../nbs/01_data.ipynb #a959cd3c
 @dataclass(frozen=True, eq=False, repr=False)
@@ -244,7 +244,7 @@ def provenance_frame(data: Interactions) -> pd.DataFrame: # One row a step
 
 # %% ../nbs/01_data.ipynb #8e867752
 def make_sample(seed: int = 0, # Draws everything
-                n_users: int = 2000, # Readers
+                n_users: int = 2000, # Users
                 n_items: int = 700, # Books
                 rows_per_user: float = 20, # Mean purchases, before new books are thinned out
                ) -> Interactions: # With titles and reviews

@@ -285,10 +285,10 @@ def fidelity(score, # user_idx -> [B, I]
              k: int = 10, most: int = 4000, # Users asked at most, evenly spread
             ) -> float: # 0 to 1
     "Return the share of the teacher's first `k` unseen items that a model puts among its own first `k`."
-    some = np.flatnonzero(np.isfinite(targets.scores).any(1) & (np.diff(train.indptr) > 0))
+    some = np.flatnonzero(np.isfinite(soft.scores).any(1) & (np.diff(train.indptr) > 0))
     users = some[np.linspace(0, len(some) - 1, min(most, len(some))).astype(np.int64)]
-    best = np.argsort(-targets.scores[users], 1)[:, :k]
-    wanted = np.where(np.isfinite(np.take_along_axis(targets.scores[users], best, 1)), np.take_along_axis(targets.items[users], best, 1), -1)
+    best = np.argsort(-soft.scores[users], 1)[:, :k]
+    wanted = np.where(np.isfinite(np.take_along_axis(soft.scores[users], best, 1)), np.take_along_axis(soft.items[users], best, 1), -1)
     shown = recommend_topk(score, users, train, wanted.shape[1])
     return float((shown[:, :, None] == wanted[:, None]).any(1)[wanted >= 0].mean())
 

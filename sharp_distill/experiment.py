@@ -262,7 +262,7 @@ class RunFolder:
 
     def publish(self, record: dict, student: StudentState, prepared: Prepared) -> Path: # The run's folder
         "Write record and student, then put the whole folder in its place."
-        save(build_recommender(student, prepared.split.train, reader=prepared.reviews.reader), self.partial / "student")
+        save(build_recommender(student, prepared.split.train, text_encoder=prepared.reviews.text_encoder), self.partial / "student")
         write_json(self.partial / "run.json", record)
         old = self.path.with_name(f".{self.path.name}.old")
         shutil.rmtree(old, ignore_errors=True)

@@ -40,7 +40,7 @@ class Explorer:
     config: RunConfig
 
     @property
-    def encode(self): return self.prepared.reviews.reader # A person's reviews -> float32 [d_t]; None where the encoder is a control
+    def encode(self): return self.prepared.reviews.text_encoder # A person's reviews -> float32 [d_t]; None where the encoder is a control
     @property
     def titles(self) -> np.ndarray: # object [I]
         "Return the name of every item: its title, or else its id."
@@ -69,7 +69,7 @@ def open_run(cfg: RunConfig, folder=None, # A finished run's folder, whose stude
     tell(STEPS[1]); lightgcn = fit_lightgcn(ready.split, LightGCNConfig(emb_dim=cfg.emb_dim, seed=cfg.seed, device=cfg.device, epochs=cfg.epochs))
     tell(STEPS[2]); teacher = train_teacher(ready.split, ready.reviews, teacher_config(cfg))
     tell(STEPS[3]); rec = stored_student(folder, ready.split)
-    if rec is None: rec = build_recommender(distill(teacher, ready.split, ready.reviews, student_config(cfg)), ready.split.train, reader=ready.reviews.reader)
+    if rec is None: rec = build_recommender(distill(teacher, ready.split, ready.reviews, student_config(cfg)), ready.split.train, text_encoder=ready.reviews.text_encoder)
     models = [teacher_scorer(teacher), Scorer("student", lambda u: rec.user_emb[u] @ rec.item_emb.T), lightgcn,
               Scorer("text_only", lambda u: ready.reviews.user[u] @ ready.reviews.item.T)]
     tell(STEPS[4])

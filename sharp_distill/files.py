@@ -341,7 +341,7 @@ def csv_head(stream, # Buffered binary stream, not consumed
     encoding = "utf-8-sig" if encoding.lower().replace("-", "") == "utf8" else encoding
     first = re.split(r"\r\n|\n|\r", head.decode(encoding, "replace").lstrip("\r\n"), maxsplit=1)[0]
     sep = max("\t,;|", key=first.count)
-    return next(csv.reader([first], delimiter=sep)), sep, encoding
+    return next(csv.text_encoder([first], delimiter=sep)), sep, encoding
 
 # %% ../nbs/01_1_files.ipynb #1d9926a2
 def csv_chunks(stream, name, faults, columns=None, extra=(), encoding="utf-8", rows=100_000): # Yields tidy pieces

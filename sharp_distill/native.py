@@ -317,7 +317,7 @@ def search_codes(index, # With n_items, emb, item, length, codes, step, lost as 
                  users: np.ndarray, # float32 [B, d], contiguous
                  k: int, # Length of the lists
                  roundoff: float, # Relative error allowed to a float32 score
-                 seen_at=None, seen=None, # int64 [B + 1] and the seen places of each reader, sorted
+                 seen_at=None, seen=None, # int64 [B + 1] and the seen places of each user, sorted
                 ) -> tuple: # int64 [B, k], float32 [B, k]
     "Return the exact top k of a batch, on the calling thread."
     at = lambda a: None if a is None else a.ctypes.data

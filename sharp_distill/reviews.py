@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ReviewEmbeddings', 'ReviewTexts', 'train_reviews', 'pooling_matrix', 'review_weights', 'count_words', 'sum_rows',
            'kept_words', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'text_axes', 'spread_of', 'between_items',
-           'finish_vectors', 'pool_reviews', 'WordReader', 'NeuralReader', 'TextReader', 'pack_reader', 'unpack_reader',
-           'encode_words', 'encode_neural', 'fuse', 'shuffle_rows', 'encode_reviews']
+           'finish_vectors', 'pool_reviews', 'WordEncoder', 'NeuralEncoder', 'TextEncoder', 'pack_text_encoder',
+           'unpack_text_encoder', 'encode_words', 'encode_neural', 'fuse', 'shuffle_rows', 'encode_reviews']
 
 # %% ../nbs/05_reviews.ipynb #160d8b34
 import functools
@@ -30,7 +30,7 @@ class ReviewEmbeddings:
     item: np.ndarray # float32 [I, d_t]
     encoder: str # The name it was asked for
     split_sha: str # Of the split whose train part was read
-    reader: object = field(default=None, repr=False, compare=False) # A `TextReader` for texts to come; None for controls
+    text_encoder: object = field(default=None, repr=False, compare=False) # A `TextEncoder` for texts to come; None for controls
 
     @property
     def n_dims(self) -> int: return self.item.shape[1]
@@ -186,7 +186,7 @@ _WORD = re.compile(r"(?u)\b\w\w+\b") # as `count_words` cuts
 
 
 @dataclass(frozen=True, eq=False)
-class WordReader:
+class WordEncoder:
     "Reads texts as TF-IDF did: the words, their rarity and their directions of the train part."
     words: tuple # [V] str
     rarity: np.ndarray # float32 [V]
@@ -207,7 +207,7 @@ class WordReader:
 
 # %% ../nbs/05_reviews.ipynb #f39272cb
 @dataclass(frozen=True, eq=False)
-class NeuralReader:
+class NeuralEncoder:
     "Reads texts through a transformers encoder, centred and turned as the train reviews were."
     encoder: str # As it was asked for
     sha: str # Of its files and options
@@ -235,9 +235,9 @@ class NeuralReader:
 
 # %% ../nbs/05_reviews.ipynb #0a4bad45
 @dataclass(frozen=True, eq=False)
-class TextReader:
+class TextEncoder:
     "Turns the reviews of one user or item, new ones included, into the vector that the student expects."
-    parts: tuple # `WordReader` or `NeuralReader`, side by side
+    parts: tuple # `WordEncoder` or `NeuralEncoder`, side by side
     scales: tuple = (1.,) # What each part's vector is multiplied with
 
     @property
@@ -249,8 +249,8 @@ class TextReader:
         return np.concatenate([s * p.read(texts) for p, s in zip(self.parts, self.scales)]).astype(np.float32)
 
 
-def pack_reader(reader: TextReader) -> tuple: # facts for JSON, arrays by name
-    "Take a reader apart for storing."
+def pack_text_encoder(text_encoder: TextEncoder) -> tuple: # facts for JSON, arrays by name
+    "Take a user apart for storing."
     facts, arrays = [], {}
     for k, (part, scale) in enumerate(zip(reader.parts, reader.scales)):
         values = {f.name: getattr(part, f.name) for f in fields(part)}
@@ -260,25 +260,25 @@ def pack_reader(reader: TextReader) -> tuple: # facts for JSON, arrays by name
     return facts, arrays
 
 
-def unpack_reader(facts: list, arrays: dict) -> TextReader:
-    "Put a stored reader together."
-    parts, kinds = [], dict(WordReader=WordReader, NeuralReader=NeuralReader)
+def unpack_text_encoder(facts: list, arrays: dict) -> TextEncoder:
+    "Put a stored user together."
+    parts, kinds = [], dict(WordEncoder=WordEncoder, NeuralEncoder=NeuralEncoder)
     for k, values in enumerate(facts):
         values = {n: v for n, v in values.items() if n not in ("kind", "scale")}
         if "config" in values: values["config"] = ReviewConfig.from_dict(values["config"])
         if "words" in values: values["words"] = tuple(values["words"])
         parts.append(kinds[facts[k]["kind"]](**values, **{n.split(".", 1)[1]: a for n, a in arrays.items() if n.startswith(f"{k}.")}))
-    return TextReader(tuple(parts), tuple(f["scale"] for f in facts))
+    return TextEncoder(tuple(parts), tuple(f["scale"] for f in facts))
 
 # %% ../nbs/05_reviews.ipynb #df7f84cb
-def encode_words(split, cfg: ReviewConfig) -> tuple: # float32 [U, n_dims], float32 [I, n_dims], WordReader
+def encode_words(split, cfg: ReviewConfig) -> tuple: # float32 [U, n_dims], float32 [I, n_dims], WordEncoder
     "Reduce the TF-IDF rows of users and items."
     users, items, words, rarity = tfidf_rows(split, cfg)
     turn = text_axes(items, cfg)
-    return users @ turn, items @ turn, WordReader(tuple(map(str, words)), rarity, turn)
+    return users @ turn, items @ turn, WordEncoder(tuple(map(str, words)), rarity, turn)
 
 
-def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d], float32 [I, d], NeuralReader
+def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d], float32 [I, d], NeuralEncoder
     "Encode train reviews with a transformers encoder and pool them."
     folder, texts, loaded = find_encoder(name), train_reviews(split), []
     sha = encoder_sha(folder, cfg)
@@ -287,12 +287,12 @@ def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d
         return encode_texts(block, *loaded[0], cfg)
     if not len(texts):
         zeros = lambda *shape: np.zeros((*shape, hidden_size(folder)), np.float32)
-        return zeros(texts.n_users), zeros(texts.n_items), NeuralReader(name, sha, cfg, zeros())
+        return zeros(texts.n_users), zeros(texts.n_items), NeuralEncoder(name, sha, cfg, zeros())
     vectors, column = cached_vectors(cache_dir("reviews", sha), texts.text, encode)
     mean, turn = finish_vectors(vectors, column, texts.item_idx, cfg.finish)
     rows = (pool_reviews(vectors, column, row, n, review_weights(texts, row, cfg), mean, turn)
             for row, n in ((texts.user_idx, texts.n_users), (texts.item_idx, texts.n_items)))
-    return *rows, NeuralReader(name, sha, cfg, mean, turn)
+    return *rows, NeuralEncoder(name, sha, cfg, mean, turn)
 
 # %% ../nbs/05_reviews.ipynb #f2e80959
 def fuse(a: ReviewEmbeddings, b: ReviewEmbeddings, # Of the same split
@@ -306,7 +306,7 @@ def fuse(a: ReviewEmbeddings, b: ReviewEmbeddings, # Of the same split
         return 1 / max(length[length > 0].mean() if (length > 0).any() else 1., 1e-12)
     fa, fb = np.sqrt(1 - weight) * scale(a), np.sqrt(weight) * scale(b)
     join = lambda x, y: np.concatenate([x * fa, y * fb], axis=1).astype(np.float32)
-    both = a.reader and b.reader and TextReader(a.reader.parts + b.reader.parts, tuple(float(f * s) for f, z in ((fa, a), (fb, b)) for s in z.reader.scales))
+    both = a.text_encoder and b.text_encoder and TextEncoder(a.text_encoder.parts + b.text_encoder.parts, tuple(float(f * s) for f, z in ((fa, a), (fb, b)) for s in z.text_encoder.scales))
     return ReviewEmbeddings(join(a.user, b.user), join(a.item, b.item), f"{a.encoder}+{b.encoder}", a.split_sha, both)
 
 
@@ -330,4 +330,4 @@ def encode_reviews(split, # Only `split.train` and `split.sha` are read
     if encoder == "none":
         return ReviewEmbeddings(*(np.zeros((n, cfg.n_dims), np.float32) for n in (split.train.n_users, split.train.n_items)), encoder, split.sha)
     user, item, part = encode_words(split, cfg) if encoder == "tfidf" else encode_neural(split, encoder, cfg)
-    return ReviewEmbeddings(user, item, encoder, split.sha, TextReader((part,)))
+    return ReviewEmbeddings(user, item, encoder, split.sha, TextEncoder((part,)))

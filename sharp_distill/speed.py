@@ -265,7 +265,7 @@ class Scene:
 
 # %% ../nbs/12_speed.ipynb #dcffc94b
 def make_scene(R: sp.csr_matrix, emb_dim: int = 64, history: int = 50, seed: int = 0, k: int = 10) -> Scene:
-    "Pick a reader with about `history` items, and a new item for her."
+    "Pick a user with about `history` items, and a new item for her."
     gen, R = rng(seed, "scene"), sp.csr_matrix(R, dtype=np.float32)
     user = int(np.argmin(np.abs(np.diff(R.indptr) - history)))
     item = int(np.setdiff1d(gen.integers(0, R.shape[1], 1000), R[user].indices)[0])
@@ -344,7 +344,7 @@ def hccf_model(scene: Scene, seed: int = 0) -> SpeedModel:
 
 # %% ../nbs/12_speed.ipynb #9d0ecb24
 def ials_model(scene: Scene) -> SpeedModel:
-    "iALS: one small system a reader; refresh is one sweep over both sides."
+    "iALS: one small system a user; refresh is one sweep over both sides."
     user, index, gram = scene.edge[0], index_items(scene.item_emb), scene.item_emb.T @ scene.item_emb
     seen = sp.csr_matrix(scene.new[user])
     def sweep(R):
@@ -522,7 +522,7 @@ def measure_sets(cfg: SpeedConfig, names) -> tuple: # As `measure_graphs`, by na
     return measure_graphs(cfg, {n: make_split(load_interactions(n), seed=cfg.seed).train.to_csr() for n in names})
 
 # %% ../nbs/12_speed.ipynb #6a110002
-def _side_records(times: dict, size: int, **more) -> list: # Of `take_turns`, for a number of readers
+def _side_records(times: dict, size: int, **more) -> list: # Of `take_turns`, for a number of users
     "Return one record a side."
     return [dict(**more, batch=size, side=n, p50_ms=float(np.median(t)), p95_ms=float(np.quantile(t, .95)), best_ms=float(t.min()), over_product=ratio(times, n, "plain product"),
                  users_per_s=1000 * size / float(np.median(t))) for n, t in times.items()]
@@ -532,7 +532,7 @@ def _random_rows(cfg, what, *shape): return rng(cfg.seed, what).normal(size=shap
 
 # %% ../nbs/12_speed.ipynb #8f27861c
 def measure_cached(cfg: SpeedConfig, n_items: int, batches=(1, 256, 4096)) -> list: # Records: batch, side, p50_ms, p95_ms, over_product
-    "Measure the search in stored embeddings: one reader, a batch, and many."
+    "Measure the search in stored embeddings: one user, a batch, and many."
     records, items = [], _random_rows(cfg, "cached", n_items, cfg.emb_dim)
     index = index_items(items, int8=has_fast_search())
     for size in batches:

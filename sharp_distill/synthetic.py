@@ -76,9 +76,9 @@ def _titles(gen, theme, motifs): # object[I], all different
 
 # %% ../nbs/01_3_synthetic.ipynb #d60603c8
 def sample_tastes(gen, # Random generator
-                  n_users: int, # Readers
-                 ) -> dict: # theme [U, 12], style [U, 8], motif [U, 60]: how much a reader likes each
-    "Give each reader three themes, two styles and six motifs."
+                  n_users: int, # Users
+                 ) -> dict: # theme [U, 12], style [U, 8], motif [U, 60]: how much a user likes each
+    "Give each user three themes, two styles and six motifs."
     def few(n_kinds, n_liked):
         rank = gen.random((n_users, n_kinds)).argsort(1).argsort(1)
         return np.where(rank < n_liked, gen.uniform(0.6, 1.4, (n_users, n_kinds)), 0.0).astype(np.float32)
@@ -86,11 +86,11 @@ def sample_tastes(gen, # Random generator
 
 # %% ../nbs/01_3_synthetic.ipynb #fe273976
 def sample_purchases(gen, books, tastes, # From the two functions above
-                     rows_per_user: float, # Mean number of books a reader buys, before new books are thinned out
+                     rows_per_user: float, # Mean number of books a user buys, before new books are thinned out
                      weights=(1.5, 2.0, 4.0), # How much theme, style and motif count
                      new_rows: int = 6, # Purchases that a new book has
                     ): # user_idx [n], item_idx [n], liking [n]
-    "Let every reader buy the books that a noisy sum of appeal and taste puts first."
+    "Let every user buy the books that a noisy sum of appeal and taste puts first."
     w_theme, w_style, w_motif = weights
     liking = w_theme * tastes["theme"][:, books["theme"]] + w_style * tastes["style"][:, books["style"]]
     for j in range(3): liking += w_motif * tastes["motif"][:, books["motifs"][:, j]]
@@ -142,7 +142,7 @@ def sample_reviews(gen, books, tastes, user_idx, item_idx, rating) -> np.ndarray
 
 # %% ../nbs/01_3_synthetic.ipynb #a197e8a0
 def sample_frame(seed: int = 0, # Draws everything
-                 n_users: int = 2000, # Readers
+                 n_users: int = 2000, # Users
                  n_items: int = 700, # Books
                  rows_per_user: float = 20, # Mean number of purchases, before new books are thinned out
                 ) -> pd.DataFrame: # user_id, item_id, item_title, rating, timestamp, review

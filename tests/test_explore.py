@@ -41,7 +41,7 @@ def test_new_texts_are_read_as_in_training(encoder):
     from sharp_distill.split import make_split
     split = make_split(make_sample(n_users=60, n_items=40), "random", 0)
     coded, texts = encode_reviews(split, encoder), train_reviews(split)
-    for u in range(8): assert np.allclose(coded.reader([texts.text[j] for j in np.flatnonzero(texts.user_idx == u)]), coded.user[u], atol=2e-3), u
+    for u in range(8): assert np.allclose(coded.text_encoder([texts.text[j] for j in np.flatnonzero(texts.user_idx == u)]), coded.user[u], atol=2e-3), u
 
 
 def test_pages_escape_what_the_data_holds(finished, monkeypatch):
