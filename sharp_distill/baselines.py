@@ -23,7 +23,7 @@ from torch import nn
 from .core import Stopwatch, UserError, did_you_mean, option, pick_device, progress, torch_rng
 from .evaluation import Scorer, evaluate, rank_topk
 from .hypergraphs import SparseOp, build_hypergraphs, ridge_filter, safe_power
-from .training import TrainConfig, fit, l2_penalty, mask_seen, ranking_loss, sample_candidates
+from .training import TrainConfig, fit, l2_penalty, mask_train, ranking_loss, sample_candidates
 
 # %% ../nbs/10_baselines.ipynb #cb33a754
 def stored_bytes(*arrays) -> int: # numpy arrays and scipy csr matrices
@@ -210,7 +210,7 @@ def peer_loss(model, # forward() -> (user_emb [U, d], item_emb [I, d]); rows(use
     candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen).to(users.device)
     x, pos_emb, neg_emb = user_emb[users], item_emb[items], item_emb[candidates]
     if cfg.cosine: x, pos_emb, neg_emb = (F.normalize(e, dim=1) for e in (x, pos_emb, neg_emb))
-    pos, neg = (x * pos_emb).sum(1) / cfg.temperature, mask_seen(x @ neg_emb.T / cfg.temperature, users, candidates, train)
+    pos, neg = (x * pos_emb).sum(1) / cfg.temperature, mask_train(x @ neg_emb.T / cfg.temperature, users, candidates, train)
     rank, norm = ranking_loss(cfg.loss, pos, neg), l2_penalty(*model.rows(users, items))
     return rank + cfg.reg * norm, dict(rank=rank.detach(), norm=norm.detach())
 

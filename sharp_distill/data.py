@@ -273,8 +273,8 @@ def read_interactions(path, # Any format that `read_table` knows
                      ) -> Interactions: # Not cleaned
     "Read a file of reviews."
     raw = read_table(path, columns, encoding=encoding, bad_rows=bad_rows, items=items)
-    left_out = f"; bad rows left out: {raw.faults.count:,}, the first is {raw.faults.first}" if raw.faults.count else ""
-    return from_frame(raw.frame, Path(path).name + left_out, titles=raw.titles)
+    excluded = f"; bad rows left out: {raw.faults.count:,}, the first is {raw.faults.first}" if raw.faults.count else ""
+    return from_frame(raw.frame, Path(path).name + excluded, titles=raw.titles)
 
 # %% ../nbs/01_data.ipynb #867c98b3
 def load_interactions(dataset="sample", # "sample", a path, a name, or a table in memory

@@ -23,7 +23,7 @@ from .evaluation import evaluate, recommend_topk
 from .hypergraphs import SparseOp, build_hypergraphs, position_features, student_edges
 from .student import StudentConfig, StudentState, compact_gcn, mlp_head, student_scores
 from .teacher import TeacherState, hgnn_scores, standardise, teacher_scores
-from .training import TrainConfig, fit, l2_penalty, mask_seen, ranking_loss, sample_candidates
+from .training import TrainConfig, fit, l2_penalty, mask_train, ranking_loss, sample_candidates
 
 # %% ../nbs/09_distillation.ipynb #66479758
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def distill_loss(model: StudentModule, targets: Targets | None, train, users, it
     zu, zi = mixed[0][who], mixed[1]
     candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen).to(users.device)
     kd = cfg.kd_weight if targets and cfg.soft_labels != "none" else 0.
-    logits = mask_seen(model.logits(zu, zi[candidates]), who, candidates, train)
+    logits = mask_train(model.logits(zu, zi[candidates]), who, candidates, train)
     hard = ranking_loss(cfg.loss, model.pair_logits(zu[at], zi[items][:, None])[:, 0], logits, at) if kd < 1 else 0.
     soft = _soft_part(model, targets, logits, zu, zi, who, epoch) if kd else 0.
     sides = [_contrast_part(model, targets, k, z[k], r.unique()) for k, r in enumerate((users, items))] if targets and cfg.contrast != "none" else [0., 0.]

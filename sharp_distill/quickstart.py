@@ -99,7 +99,7 @@ def train_models(mlp_model: Model, hypergraph_model: Model, # As initialised
     mlp_model.state = distill(hypergraph_model.state, split, reviews, mlp_model.config)
     hypergraph_model.result = evaluate(teacher_scorer(hypergraph_model.state), split)
     mlp_model.result = evaluate(student_scorer(mlp_model.state), split)
-    mlp_model.recommender = build_recommender(mlp_model.state, split.train, owned=(split.valid, split.test), text_encoder=reviews.text_encoder) # serve nothing that a user has
+    mlp_model.recommender = build_recommender(mlp_model.state, split.train, exclude=(split.valid, split.test), text_encoder=reviews.text_encoder) # serve nothing that a user has
     return mlp_model, hypergraph_model
 
 # %% ../nbs/15_quickstart.ipynb #9fdace43

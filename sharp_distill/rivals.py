@@ -21,7 +21,7 @@ from .core import UserError, did_you_mean, option, pick_device, torch_rng
 from .evaluation import Scorer
 from .hypergraphs import SparseOp, build_hypergraphs, position_features
 from .teacher import info_nce
-from .training import mask_seen, sample_candidates
+from .training import mask_train, sample_candidates
 
 # %% ../nbs/10_rivals.ipynb #2ebf1012
 def as_text(split, reviews, side): # "user" or "item"
@@ -309,7 +309,7 @@ def lighthgnn_loss(model, train, users, items, gen):
     x, y = model()
     candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen).to(users.device)
     teacher = torch.as_tensor(np.asarray(model.teacher(users.cpu().numpy())), dtype=torch.float32, device=x.device)
-    student = mask_seen(x[users] @ y[candidates].T, users, candidates, train)
+    student = mask_train(x[users] @ y[candidates].T, users, candidates, train)
     kl = soft_label_kl(student, teacher[:, candidates], cfg.kd_temp)
     return (1 - cfg.kd_weight) * total + cfg.kd_weight * kl, dict(parts, kl=kl.detach())
 

@@ -361,11 +361,11 @@ class Recommender:
     item_ids: np.ndarray # object [I]
     item_titles: np.ndarray | None = None # object [I]
     facts: dict = dataclasses.field(default_factory=dict) # config, split_sha, encoder
-    owned: sp.csr_matrix | None = None # [U, I] all that each user has, which lists leave out; None: `seen`
+    exclude: sp.csr_matrix | None = None # [U, I] all that each user has, which lists leave out; None: `seen`
     text_encoder: TextEncoder | None = None # Reviews of one user or item -> float32 [d_t]
 
     @property
-    def left_out(self) -> sp.csr_matrix: return self.seen if self.owned is None else self.owned
+    def excluded(self) -> sp.csr_matrix: return self.seen if self.exclude is None else self.exclude
     @functools.cached_property
     def _user_number(self) -> dict: return {str(u): n for n, u in enumerate(self.user_ids)}
     @functools.cached_property
@@ -382,7 +382,7 @@ ARRAYS = ("user_emb", "item_emb", "item_message", "user_map", "item_map", "item_
 # %% ../nbs/11_serving.ipynb #c7baaa54
 def build_recommender(state, # A StudentState
                       seen, # Interactions of the train part, with the ids and titles
-                      owned=(), # Further Interactions of the same users and items that lists leave out, such as the valid and test parts
+                      exclude=(), # Further Interactions of the same users and items that lists leave out, such as the valid and test parts
                       text_encoder=None, # `ReviewEmbeddings.text_encoder`, which lets the Recommender read texts to come
                      ) -> Recommender:
     "Make a `Recommender` from a trained student and the interactions it knows."
@@ -395,8 +395,8 @@ def build_recommender(state, # A StudentState
     if reader is not None and reader.n_dims != len(arrays["item_map"]): raise UserError(f"reader gives {reader.n_dims} numbers, the student reads {len(arrays['item_map'])}: expected the reader of the review embeddings it was trained with.")
     config = state.config.to_dict() if hasattr(state.config, "to_dict") else dict(state.config or {})
     R = seen.to_csr()
-    every = sum((part.to_csr() for part in owned), R).astype(bool) if owned else None
-    return Recommender(**arrays, seen=R, owned=every, text_encoder=reader, user_ids=seen.user_ids, item_ids=seen.item_ids, item_titles=seen.item_titles,
+    every = sum((part.to_csr() for part in exclude), R).astype(bool) if exclude else None
+    return Recommender(**arrays, seen=R, exclude=every, text_encoder=reader, user_ids=seen.user_ids, item_ids=seen.item_ids, item_titles=seen.item_titles,
                        facts=dict(config=config, split_sha=state.split_sha, encoder=state.encoder))
 
 # %% ../nbs/11_serving.ipynb #61bec4af
@@ -406,7 +406,7 @@ def recommend_idx(rec: Recommender, user_idx, # int64 [B]
     user_idx = np.atleast_1d(np.asarray(user_idx, dtype=np.int64))
     if len(user_idx) and not (0 <= user_idx.min() and user_idx.max() < len(rec.user_emb)):
         raise UserError(f"user number {user_idx.max() if user_idx.max() >= len(rec.user_emb) else user_idx.min()}: expected 0 to {len(rec.user_emb) - 1:,}.")
-    return exact_topk(rec.user_emb[user_idx], rec._index, k, rec.left_out[user_idx] if exclude_seen else None)
+    return exact_topk(rec.user_emb[user_idx], rec._index, k, rec.excluded[user_idx] if exclude_seen else None)
 
 
 def popular_idx(rec: Recommender, k: int) -> tuple: # int64 [k], float32 [k]
@@ -498,7 +498,7 @@ def recommend_new(rec: Recommender, items=(), user_id=None, review_emb=None, rev
                   k: int = 10, exclude_seen: bool = True): # DataFrame: rank, item_id, title, score
     "Return the exact, updated list of a user who just did something."
     row, have = rec.fold_in(items, user_id, review_emb, reviews)
-    if user_id is not None: have = np.union1d(have, rec.left_out[_lookup(rec.user_ids, user_id, rec._user_number, "user")[0]].indices)
+    if user_id is not None: have = np.union1d(have, rec.excluded[_lookup(rec.user_ids, user_id, rec._user_number, "user")[0]].indices)
     mask = sp.csr_matrix((np.ones(len(have), bool), have, [0, len(have)]), shape=(1, len(rec.item_ids)))
     idx, score = exact_topk(row[None], rec._index, k, mask if exclude_seen else None)
     return _answer(rec, [user_id], idx, score).drop(columns="user_id")
@@ -517,7 +517,7 @@ def with_item(rec: Recommender, item_id, review_emb=None, # float32 [d_t] embedd
     titles = None if known is None else np.append(known, [title])
     wider = lambda m: m if m is None else sp.csr_matrix((m.data, m.indices, m.indptr), shape=(len(rec.user_ids), len(rec.item_ids) + 1))
     return dataclasses.replace(rec, item_emb=np.concatenate([rec.item_emb, row]), item_message=np.concatenate([rec.item_message, row]),
-                               item_degree=np.append(rec.item_degree, 0), seen=wider(rec.seen), owned=wider(rec.owned), item_ids=np.append(rec.item_ids, str(item_id)), item_titles=titles)
+                               item_degree=np.append(rec.item_degree, 0), seen=wider(rec.seen), exclude=wider(rec.exclude), item_ids=np.append(rec.item_ids, str(item_id)), item_titles=titles)
 
 
 Recommender.fold_in, Recommender.recommend_new, Recommender.with_item = fold_in, recommend_new, with_item
@@ -554,7 +554,7 @@ def save(rec: Recommender, folder) -> Path: # Replaced if it holds a Recommender
     tmp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         arrays = {n: np.ascontiguousarray(getattr(rec, n)) for n in ARRAYS}
-        for name, m in (("seen", rec.seen), ("owned", rec.owned)):
+        for name, m in (("seen", rec.seen), ("exclude", rec.exclude)):
             if m is not None: arrays |= {f"{name}_indptr": m.indptr.astype(np.int64), f"{name}_indices": m.indices.astype(np.int32)}
         save_file(arrays, tmp / "arrays.safetensors")
         titles = None if rec.item_titles is None else list(rec.item_titles)
@@ -613,7 +613,7 @@ def load_recommender(folder, # As written by `save`
     sparse = lambda name: sp.csr_matrix((np.ones(len(a[f"{name}_indices"]), np.bool_), a[f"{name}_indices"], a[f"{name}_indptr"]), shape=shape) if f"{name}_indptr" in a else None
     reader = unpack_text_encoder(read_json(folder / "text_encoder.json"), map_arrays(folder / "text_encoder.safetensors")) if TEXT_ENCODER_FILES[0] in about["files"] else None
     as_names = lambda x: None if x is None else np.array(x, dtype=object)
-    return Recommender(**{n: a[n] for n in ARRAYS}, seen=sparse("seen"), owned=sparse("owned"), text_encoder=reader, facts=about["facts"], **{n: as_names(x) for n, x in names.items()})
+    return Recommender(**{n: a[n] for n in ARRAYS}, seen=sparse("seen"), exclude=sparse("exclude"), text_encoder=reader, facts=about["facts"], **{n: as_names(x) for n, x in names.items()})
 
 # %% ../nbs/11_serving.ipynb #d3697920
 Recommender.load = staticmethod(load_recommender)

@@ -21,7 +21,7 @@ from .core import UserError, option, pick_device, torch_rng
 from .evaluation import Scorer, evaluate
 from .hypergraphs import SESSION_DAYS, SparseOp, add_hyperedges, build_hypergraphs, ridge_filter, session_hyperedges
 from .reviews import item_tfidf
-from .training import History, TrainConfig, fit, l2_penalty, mask_seen, ranking_loss, sample_candidates
+from .training import History, TrainConfig, fit, l2_penalty, mask_train, ranking_loss, sample_candidates
 
 # %% ../nbs/07_teacher.ipynb #fe1b795e
 def smooth(op: SparseOp, # The factor A [N, E]
@@ -168,7 +168,7 @@ def teacher_loss(model, train, users, items, gen) -> tuple: # Module, csr [U, I]
     candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen).to(users.device)
     who, at = users.unique(return_inverse=True)
     pos, scores = _logits(model, z, t, users, items, who, candidates)
-    rank = ranking_loss(cfg.loss, pos, mask_seen(scores, who, candidates, train), at)
+    rank = ranking_loss(cfg.loss, pos, mask_train(scores, who, candidates, train), at)
     cross, intra = contrastive_terms(model, z, t, (who, items.unique()), gen)
     total = rank + cfg.align_weight * cross + cfg.intra_weight * intra + cfg.reg * l2_penalty(z[0][users], z[1][items])
     return total, dict(rank=rank, cross=cross, intra=intra)

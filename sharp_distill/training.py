@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'mse_loss', 'bpr_loss', 'sampled_softmax_loss', 'ranking_loss', 'l2_penalty', 'sample_candidates',
-           'mask_seen', 'sample_negatives', 'History', 'epoch_order', 'save_checkpoint', 'load_checkpoint', 'fit']
+           'mask_train', 'sample_negatives', 'History', 'epoch_order', 'save_checkpoint', 'load_checkpoint', 'fit']
 
 # %% ../nbs/06_training.ipynb #f111e527
 import contextlib
@@ -87,7 +87,7 @@ def sample_candidates(n_items: int, n: int, # Catalogue size; how many (0 or mor
     return torch.randperm(n_items, generator=gen)[:n]
 
 
-def mask_seen(scores, # [B, n] scores of the candidates
+def mask_train(scores, # [B, n] scores of the candidates
               users, # int64 [B]
               candidates, # int64 [n]
               seen: sp.csr_matrix): # [U, I] train interactions
