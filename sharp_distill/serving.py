@@ -467,11 +467,11 @@ def _text_part(rec, user: int, items) -> np.ndarray: # float64 [d]
 
 # %% ../nbs/11_serving.ipynb #52f5bc6f
 def fold_in(rec: Recommender, items=(), # Ids of the new items
-            user_id=None, # A known user who did something new, or None for a newcomer
+            user_id=None, # A known user who did something new, or None for a cold_start_list
             review_emb=None, # float32 [d_t] embedding of all her reviews, or None
             reviews=None, # Or the reviews themselves: a text, or all her texts
            ) -> tuple: # float32 [d] her row, int64 [n] all her items
-    "Return the exact row of a newcomer, or of a known user after new interactions."
+    "Return the exact row of a cold_start_list, or of a known user after new interactions."
     from sharp_distill.student import fold_in as fold_in_row
     review_emb = _text_row(rec, reviews, review_emb)
     new = np.unique(_lookup(rec.item_ids, items, rec._item_number, "item")) if len(items) else np.empty(0, np.int64)

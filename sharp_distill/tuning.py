@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['WITHOUT_DISTILLATION', 'TEACHER', 'BOARD', 'KIND_STYLE', 'Budget', 'BoardData', 'board_name', 'board_data', 'Entry',
            'tuned_lightgcn', 'fitted_filter', 'tuned_teacher', 'entry_of', 'space_frame', 'suggest', 'first_setting',
-           'open_study', 'finished', 'spent_s', 'wants_more', 'for_newcomers', 'tune', 'chosen', 'strata_rows',
-           'board_row', 'options_of', 'board_path', 'read_board', 'rows_so_far', 'put_rows', 'users_path', 'read_users',
-           'put_users', 'by_model', 'users_frame', 'board_tests', 'search_row', 'write_tests', 'missing_seeds',
-           'run_model', 'recall', 'run_board', 'refit_row', 'deciders', 'other_splits_record', 'other_splits_frame',
-           'other_splits_lead', 'BoardConfig', 'model_names', 'board_frame', 'user_intervals', 'metric_frame',
-           'stratum_frame', 'best_of', 'verdicts', 'plot_board', 'plot_search', 'plot_groups']
+           'open_study', 'finished', 'spent_s', 'wants_more', 'with_popularity_fallback', 'tune', 'chosen',
+           'strata_rows', 'board_row', 'options_of', 'board_path', 'read_board', 'rows_so_far', 'put_rows',
+           'users_path', 'read_users', 'put_users', 'by_model', 'users_frame', 'board_tests', 'search_row',
+           'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board', 'refit_row', 'deciders',
+           'other_splits_record', 'other_splits_frame', 'other_splits_lead', 'BoardConfig', 'model_names',
+           'board_frame', 'user_intervals', 'metric_frame', 'stratum_frame', 'best_of', 'verdicts', 'plot_board',
+           'plot_search', 'plot_groups']
 
 # %% ../nbs/10_tuning.ipynb #758dfa2d
 import time
@@ -255,7 +256,7 @@ def wants_more(study, entry: Entry, budget: Budget) -> bool:
     return n < (budget.n_trials if entry.space else 1) and (n == 0 or spent_s(study) < budget.tune_s)
 
 # %% ../nbs/10_tuning.ipynb #d34bed7c
-def for_newcomers(scorer: Scorer, split: Split) -> Scorer: # The same scorer where everybody has a train row
+def with_popularity_fallback(scorer: Scorer, split: Split) -> Scorer: # The same scorer where everybody has a train row
     "Let users without a train row see popular items, whichever the model."
     train = split.train.to_csr()
     new = np.diff(train.indptr) == 0
@@ -276,7 +277,7 @@ def tune(name: str, data: BoardData, budget: Budget = Budget(), folder=None, unt
         def watch(step, value):
             trial.report(value, step)
             if trial.should_prune(): raise optuna.TrialPruned
-        scorer = for_newcomers(entry.fit(data, suggest(trial, entry), budget.seed, watch), data.split)
+        scorer = with_popularity_fallback(entry.fit(data, suggest(trial, entry), budget.seed, watch), data.split)
         return evaluate(scorer, data.split, "valid", ks=(10,)).mean("NDCG@10")
     if wants_more(study, entry, budget): entry.ready(data, budget.seed)
     if not finished(study): study.enqueue_trial(first_setting(entry), skip_if_exists=True)
@@ -426,7 +427,7 @@ def run_model(name: str, data: BoardData, budget: Budget, folder, until: float =
     rows = rows_so_far(folder, data.name)
     for seed in missing_seeds(rows, name, options, budget):
         if time.time() > until: return None
-        row, result = board_row(name, for_newcomers(entry.fit(data, options, seed, None), data.split), data, seed, options)
+        row, result = board_row(name, with_popularity_fallback(entry.fit(data, options, seed, None), data.split), data, seed, options)
         put_users(folder, data, row, result)
         put_rows(folder, data.name, [row])
     return search_row(study, budget)
@@ -458,7 +459,7 @@ def refit_row(data: BoardData, row: dict, # A row of the board; `recall` tells `
               folder=None) -> dict: # A row; with `folder` it takes the stored one's place
     "Fit a stored row's model again with its options and seed."
     name, options = row["model"], options_of(row)
-    scorer = for_newcomers(entry_of(name).fit(data, options, row["seed"], None), data.split)
+    scorer = with_popularity_fallback(entry_of(name).fit(data, options, row["seed"], None), data.split)
     again, result = board_row(name, scorer, data, row["seed"], options)
     if folder:
         put_users(folder, data, again, result)
@@ -483,7 +484,7 @@ def other_splits_record(dataset: str, rows: list, seeds=(1, 2, 3, 4), protocol: 
         recall(data, rows)
         shas[seed] = data.split.sha
         for name in names:
-            with Stopwatch() as w: scorer = for_newcomers(entry_of(name).fit(data, options[name], seed, None), data.split)
+            with Stopwatch() as w: scorer = with_popularity_fallback(entry_of(name).fit(data, options[name], seed, None), data.split)
             results[name, seed] = evaluate(scorer, data.split, "test", ks=(10,))
             if report: report(f"{data.name}, split {seed}, {name}: {results[name, seed].mean():.4f}, {w.s:.0f} s")
     mean = {m: over_splits([results[m, s] for s in seeds]) for m in names}

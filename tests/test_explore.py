@@ -50,9 +50,9 @@ def test_pages_escape_what_the_data_holds(finished, monkeypatch):
     monkeypatch.setenv("SHARP_DISTILL_DATA", str(folder))
     cfg, run = next(iter(e.choices(folder / "outputs").values()))
     ex = e.open_run(cfg, run)
-    top, ms = e.newcomer(ex, [0], HOSTILE)
+    top, ms = e.cold_start_list(ex, [0], HOSTILE)
     hostile = int((ex.titles == HOSTILE).argmax())
-    pages = [e.history_html(e.history(ex, user)), e.lists_html(e.side_by_side(ex, user)), e.why_html(ex, user, hostile), e.newcomer_html(top, ms), e.map_svg(e.item_map(ex))]
+    pages = [e.history_html(e.history(ex, user)), e.lists_html(e.side_by_side(ex, user)), e.why_html(ex, user, hostile), e.cold_start_html(top, ms), e.map_svg(e.item_map(ex))]
     assert any("&lt;script" in p for p in pages)
     for p in pages: assert "<script" not in p and "<img" not in p
 
