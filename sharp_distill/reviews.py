@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ReviewEmbeddings', 'ReviewTexts', 'train_reviews', 'pooling_matrix', 'review_weights', 'count_words', 'sum_rows',
-           'kept_words', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'text_axes', 'spread_of', 'between_items',
+           'words_to_keep', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'text_axes', 'spread_of', 'between_items',
            'finish_vectors', 'pool_reviews', 'WordEncoder', 'NeuralEncoder', 'TextEncoder', 'pack_text_encoder',
            'unpack_text_encoder', 'encode_words', 'encode_neural', 'fuse', 'shuffle_rows', 'encode_reviews']
 
@@ -103,7 +103,7 @@ def sum_rows(row_idx, n_rows: int, counts) -> sp.csr_matrix: # [n_rows, V]
     return sp.csr_matrix((np.ones(n, np.float32), (row_idx, np.arange(n))), shape=(n_rows, n)) @ counts
 
 # %% ../nbs/05_reviews.ipynb #38b5c4d5
-def kept_words(item_counts, cfg: ReviewConfig) -> np.ndarray: # bool [V]
+def words_to_keep(item_counts, cfg: ReviewConfig) -> np.ndarray: # bool [V]
     "Tell which words are neither too rare nor too common among items."
     df = np.bincount(item_counts.indices[item_counts.data > 0], minlength=item_counts.shape[1])
     n_docs = int((np.diff(item_counts.indptr) > 0).sum())
@@ -124,7 +124,7 @@ def tfidf_rows(split, cfg: ReviewConfig = ReviewConfig()) -> tuple: # user csr f
     texts = train_reviews(split)
     counts, words = count_words(texts)
     items = sum_rows(texts.item_idx, texts.n_items, counts).tocsr()
-    keep = kept_words(items, cfg)
+    keep = words_to_keep(items, cfg)
     users = sum_rows(texts.user_idx, texts.n_users, counts).tocsr()
     users, items, rarity = weigh_words(items[:, keep], users[:, keep])
     return users, items, words[keep], rarity

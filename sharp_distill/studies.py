@@ -67,7 +67,7 @@ def component_changes(cfg: RunConfig) -> dict: # component -> list of Change
     contrast = [of_student("no contrast in the student", contrast="none")] if base.contrast != "none" else [of_student("with contrast in the student", contrast="modified")]
     mixing = [of_student("no interpolation", gamma_start=1.)] if base.gamma_start < 1 else [of_student("with interpolation", gamma_start=.5)]
     return {
-        "deberta": [Change("no review text", run=dict(encoder="none")), Change("reviews dealt to others", run=dict(encoder="shuffled"))],
+        "deberta": [Change("no review text", run=dict(encoder="none")), Change("reviews of others", run=dict(encoder="shuffled"))],
         "contrastive_learning": [Change("no alignment in the teacher", teacher=dict(align_weight=0., intra_weight=0.)), *contrast],
         "positional_encoding": [of_student("contrast without positions", contrast="modified", alpha=1.), of_student("contrast by positions alone", contrast="modified", alpha=0.)],
         "hypergraph": [Change("no hypergraph steps", teacher=dict(n_layers=0, bridge=False)), Change("no hypergraph filter", teacher=dict(item_filter="none")),

@@ -18,7 +18,7 @@ from .distillation import DistillConfig, distill
 from .evaluation import Scorer, evaluate, holm, paired_test
 from .hypergraphs import ridge_filter
 from .reviews import ReviewEmbeddings, encode_reviews, item_tfidf
-from .split import Split, deal_random, place_within
+from .split import Split, assign_random, place_within
 from .student import StudentState
 from .teacher import TeacherConfig, fit_filter, teacher_sessions, train_teacher, weighted_gram
 from .tuning import TEACHER, WITHOUT_DISTILLATION
@@ -46,7 +46,7 @@ def hold_out_items(data: Interactions, # Cleaned: one row a pair
     early = place_within(data.item_idx, by_time) < np.ceil(count / 2)[data.item_idx]
     others, later = data.take(~is_new), data.take(is_new & ~early)
     if not len(later): raise UserError(f"none of {len(items)} new items has a second row: a larger share than {share}, or more data.")
-    part = deal_random(others, (1 - valid, valid, 0.), seed)
+    part = assign_random(others, (1 - valid, valid, 0.), seed)
     return NewItems(Split(others.take(part == 0), others.take(part == 1), later, "new items", seed), data.take(is_new & early), items)
 
 # %% ../nbs/10_unseen.ipynb #7c4c1d87

@@ -85,7 +85,7 @@ def test_only_item_words_between_the_limits_are_kept():
     limits = dict(min_df=2, max_df=.99)
     counts, words = reviews.count_words(train_reviews(split))
     items = reviews.sum_rows(split.train.item_idx, 60, counts)
-    kept = set(words[reviews.kept_words(items.tocsr(), ReviewConfig(**limits))])
+    kept = set(words[reviews.words_to_keep(items.tocsr(), ReviewConfig(**limits))])
     assert kept and "everywhere" not in kept and "onceonly" not in kept and kept <= set(WORDS)
 
 
