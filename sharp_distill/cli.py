@@ -23,7 +23,7 @@ from .sources import datasets
 # %% ../nbs/17_cli.ipynb #c66bfad5
 COMMANDS = { # command -> what it answers
     "run": "Train teacher, student and baselines on one data set.", "reproduce": "Lay the published tables beside ours.", "ablation": "Take one component out at a time.",
-    "sensitivity": "Turn one knob at a time.", "scalability": "Measure what grows with the data.", "leaderboard": "Rank every tuned competitor.",
+    "sensitivity": "Turn one hyperparameter at a time.", "scalability": "Measure what grows with the data.", "leaderboard": "Rank every tuned competitor.",
 }
 
 

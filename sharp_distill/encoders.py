@@ -174,7 +174,7 @@ def find_encoder(name: str, # "shipped", a folder, or a hub name
 # %% ../nbs/05_1_encoders.ipynb #dfa9f3c3
 @contextlib.contextmanager
 def quiet_transformers():
-    "Silence transformers' bars and notices inside a block; errors still raise."
+    "Silence transformers' speed_criteria and notices inside a block; errors still raise."
     from transformers.utils import logging as log
     level, bar = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error(); log.disable_progress_bar()

@@ -67,7 +67,7 @@ def _errors(df): # Distances from the mean to both ends, for matplotlib
 # %% ../nbs/13_plots.ipynb #1561327e
 def plot_quality(df, # model, mean, low, high: one metric
                  ax=None, metric: str = "NDCG@10"):
-    "Draw one metric of every model as bars with intervals."
+    "Draw one metric of every model as speed_criteria with intervals."
     ax = _axis(df, ax, ("model", "mean", "low", "high"))
     df = df.set_index("model").loc[in_order(df["model"])][::-1].reset_index()
     ax.barh(df["model"], df["mean"], xerr=_errors(df), color=[model_style(m)["color"] for m in df["model"]], error_kw=dict(lw=1, capsize=2, ecolor="#444444"))
@@ -134,7 +134,7 @@ def plot_sensitivity(df, # param, value, mean, optional low/high and chosen (boo
         _panel(a, part, references, last=a is axes[-1])
         a.set(xlabel=param, ylim=(0, 1.15 * max([*df["mean"], *references.values()])))
     axes[0].set_ylabel(metric)
-    axes[0].figure.suptitle("What does each knob do?", fontsize=11)
+    axes[0].figure.suptitle("What does each hyperparameter do?", fontsize=11)
     return axes
 
 # %% ../nbs/13_plots.ipynb #081119b8
@@ -172,7 +172,7 @@ def _say(m, seeds): return f"{m:+.1f} %" + (f"  ({seeds:.0f} seed{'s' * (seeds >
 
 def plot_differences(df, # variant, mean, low, high in percent of the reference, seeds; low and high may be missing
                      ax=None, reference: str = "full model", metric: str = "NDCG@10"):
-    "Draw what each variant changes, sorted, as bars from zero."
+    "Draw what each variant changes, sorted, as speed_criteria from zero."
     df = df[df["variant"] != reference].dropna(subset=["mean"]).sort_values("mean", ascending=False)
     ax = _axis(df, ax, ("variant", "mean", "low", "high"), (7, .34 * len(df) + 1.3))
     ends = df[["low", "high"]].to_numpy(float)

@@ -11,7 +11,7 @@ __all__ = ['CLOCKS', 'PEAK', 'REGIMES', 'PAPER_MS', 'PRESETS', 'TRAIN_STEP', 'SE
            'search_sides', 'library_sides', 'break_even', 'run_apart', 'plot_regimes', 'SpeedConfig', 'size_graph',
            'use_threads', 'measure_graphs', 'measure_sizes', 'measure_sets', 'measure_cached', 'measure_pruning',
            'measure_approximate', 'measure_text', 'measure_training', 'random_recommender', 'measure_serving',
-           'measure_quality', 'verdicts', 'say', 'bars']
+           'measure_quality', 'speedup_checks', 'say', 'speed_criteria']
 
 # %% ../nbs/12_speed.ipynb #f2a27a53
 import json
@@ -682,7 +682,7 @@ def measure_quality(cfg: SpeedConfig, dataset: str) -> list: # Records: model, n
     return records
 
 # %% ../nbs/12_speed.ipynb #7791f6ad
-def verdicts(records: list, nodes: int) -> list: # Records: regime, competing model, published, measured, supports
+def speedup_checks(records: list, nodes: int) -> list: # Records: regime, competing model, published, measured, supports
     "Compare the measured ratios at one size with the published ones."
     lightgcn, hgnn, sharp = PAPER_MS.get(nodes, PAPER_MS[136_701])
     published, out = dict(hgnn=hgnn / sharp, lightgcn=lightgcn / sharp), []
@@ -695,12 +695,12 @@ def verdicts(records: list, nodes: int) -> list: # Records: regime, competing mo
     return [v | dict(supports=v["measured"] >= v["published"]) for v in out]
 
 # %% ../nbs/12_speed.ipynb #5b0efc21
-def say(verdict: dict) -> str:
-    "Say one verdict in a sentence."
-    return f"{verdict['regime']}: {verdict['competitor']} takes {verdict['measured']:.1f} times as long as the student; this {'supports' if verdict['supports'] else 'does NOT support'} the published {verdict['published']:.0f}x."
+def say(check: dict) -> str:
+    "Say one check in a sentence."
+    return f"{check['regime']}: {check['competitor']} takes {check['measured']:.1f} times as long as the student; this {'supports' if check['supports'] else 'does NOT support'} the published {check['published']:.0f}x."
 
 # %% ../nbs/12_speed.ipynb #6a110004
-def bars(records: list, nodes: int, cached: list, training: dict, serving: dict) -> list: # Records: bar, limit, measured, met
+def speed_criteria(records: list, nodes: int, cached: list, training: dict, serving: dict) -> list: # Records: bar, limit, measured, met
     "Compare the measured figures with the limits set beforehand."
     over = {(r["model"], r["regime"]): r["over_student"] for r in records if r["nodes"] == nodes}
     ms = {(r["batch"], r["side"]): r["p50_ms"] for r in cached}

@@ -8,10 +8,10 @@ __all__ = ['WITHOUT_DISTILLATION', 'TEACHER', 'BOARD', 'KIND_STYLE', 'Budget', '
            'open_study', 'finished', 'spent_s', 'wants_more', 'with_popularity_fallback', 'tune', 'chosen',
            'strata_rows', 'board_row', 'options_of', 'board_path', 'read_board', 'rows_so_far', 'put_rows',
            'users_path', 'read_users', 'put_users', 'by_model', 'users_frame', 'board_tests', 'search_row',
-           'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board', 'refit_row', 'deciders',
+           'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board', 'refit_row', 'finalists',
            'other_splits_record', 'other_splits_frame', 'other_splits_lead', 'BoardConfig', 'model_names',
-           'board_frame', 'user_intervals', 'metric_frame', 'stratum_frame', 'best_of', 'verdicts', 'plot_board',
-           'plot_search', 'plot_groups']
+           'board_frame', 'user_intervals', 'metric_frame', 'stratum_frame', 'best_of', 'acceptance_criteria',
+           'plot_board', 'plot_search', 'plot_groups']
 
 # %% ../nbs/10_tuning.ipynb #758dfa2d
 import time
@@ -467,17 +467,17 @@ def refit_row(data: BoardData, row: dict, # A row of the board; `recall` tells `
     return again
 
 # %% ../nbs/10_tuning.ipynb #e15b0002
-def deciders(rows: list) -> list: # Names of models
+def finalists(rows: list) -> list: # Names of models
     "Return the best baseline of each kind, and our own models."
     kinds = [best_of(rows, (k,)) for k in ("ids", "text") if any(entry_of(r["model"]).kind == k for r in rows)]
     return [*kinds, *(m for m in by_model(rows) if entry_of(m).kind == "ours" and m != "student_id")]
 
 
 def other_splits_record(dataset: str, rows: list, seeds=(1, 2, 3, 4), protocol: str = "random", encoder: str = "tfidf", report=None) -> dict:
-    "Fit the deciding models again, with a board's options, on other splits; the split's seed is the model's, too."
+    "Fit the finalists again, with a board's options, on other splits; the split's seed is the model's, too."
     if protocol not in ("random", "random_70_20_10", "global_random"):
         raise UserError(f"split is {protocol!r}, which deals the same parts for every seed: other splits need a random one.")
-    names, results, shas = deciders(rows), {}, {}
+    names, results, shas = finalists(rows), {}, {}
     options = {r["model"]: options_of(r) for r in rows}
     for seed in seeds:
         data = board_data(dataset, protocol, seed, encoder)
@@ -577,9 +577,9 @@ def best_of(rows: list, kinds=("ids", "text")) -> str: # The name of a model
     return frame[frame["kind"].isin(kinds)].index[0]
 
 # %% ../nbs/10_tuning.ipynb #b00e7cc9
-def verdicts(rows: list, facts: dict = {}, # The board's tests file
+def acceptance_criteria(rows: list, facts: dict = {}, # The board's tests file
             ) -> pd.DataFrame: # question, figure, bar, p (Holm) of the difference, holds
-    "Hold a board's means against the bars; questions about models that are not there are left out."
+    "Hold a board's means against the speed_criteria; questions about models that are not there are left out."
     mean = board_frame(rows)["mean"]
     best, rare = best_of(rows), stratum_frame(rows)
     few = [g for g in ("0 (cold)", "1-2") if g in rare]
@@ -613,7 +613,7 @@ def plot_board(df, # From `board_frame`, with or without `user_intervals`
     if ax is None:
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(6.5, .27 * len(df) + 1), layout="constrained")[1]
-    df, used, crowd = df[::-1], {}, {}
+    df, used, over_users = df[::-1], {}, {}
     for y, (m, row) in enumerate(df.iterrows()):
         color, label = _style(m)
         bar = ax.barh(y, row["mean"], color=color, xerr=[[row["mean"] - row["low"]], [row["high"] - row["mean"]]],
@@ -621,12 +621,12 @@ def plot_board(df, # From `board_frame`, with or without `user_intervals`
         used[label] = bar
         end = row["high"]
         if pd.notna(row.get("user high")):
-            crowd["95 % over users"] = ax.hlines(y, row["user low"], row["user high"], color="#00000066", lw=4)
+            over_users["95 % over users"] = ax.hlines(y, row["user low"], row["user high"], color="#00000066", lw=4)
             end = max(end, row["user high"])
         ax.text(end, y, f" {row['mean']:.4f}", va="center", fontsize=8)
     ax.set_yticks(range(len(df)), df.index, fontsize=9)
     ax.set(xlabel=f"test {metric}, thin: 95 % interval over seeds", xlim=(0, 1.16 * np.nanmax(df[[c for c in ("high", "user high") if c in df]])), title="Who wins the board?")
-    used |= crowd
+    used |= over_users
     ax.legend(used.values(), used.keys(), frameon=False, fontsize=8, loc="lower right")
     ax.spines[["top", "right"]].set_visible(False)
     return ax

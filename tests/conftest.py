@@ -14,7 +14,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="module")
-def quiet(): # No progress bars
+def quiet(): # No progress speed_criteria
     with pytest.MonkeyPatch.context() as m:
         m.setenv("SHARP_DISTILL_QUIET", "1")
         yield

@@ -31,7 +31,7 @@ ROWS = HEAD + "u1,a,5,1600000000,Good\nu2,a,4,1600000001,Fine\nu2,b,3,1600000002
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
-    "No data folder, no cache, no progress bars from outside."
+    "No data folder, no cache, no progress speed_criteria from outside."
     monkeypatch.setenv("SHARP_DISTILL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("SHARP_DISTILL_QUIET", "1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")

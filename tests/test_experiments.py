@@ -12,7 +12,7 @@ import pytest
 from sharp_distill.core import UserError, read_json, write_json
 from sharp_distill.experiment import RunConfig, check_run, runs_frame
 from sharp_distill.grid import CHILD, Change, LaunchConfig, finished, job_folder, launch, make_job
-from sharp_distill.studies import KNOBS, AblationConfig, SensitivityConfig, ablation_changes, study_jobs, swept_values
+from sharp_distill.studies import HYPERPARAMETERS, AblationConfig, SensitivityConfig, ablation_changes, study_jobs, swept_values
 
 ROOT = Path(__file__).parent.parent
 QUICK = RunConfig(epochs=1, student_epochs=1, emb_dim=8, encoder="none")
@@ -116,12 +116,12 @@ def test_bad_launches(tmp_path):
     with pytest.raises(UserError, match="nothing can be written"): launch([make_job(QUICK)], LaunchConfig(output_dir="/dev/null/x"))
 
 
-def test_every_component_and_knob_changes_the_job():
+def test_every_component_and_hyperparameter_changes_the_job():
     plan = ablation_changes(AblationConfig(analysis="all"))
     for name, changes in plan.items():
         jobs = study_jobs(AblationConfig(), changes)
         assert len({j.run_id for j in jobs.values()}) == len(changes), name
-    for param in KNOBS: assert len(swept_values(SensitivityConfig(param=param))[param]) >= 3
+    for param in HYPERPARAMETERS: assert len(swept_values(SensitivityConfig(param=param))[param]) >= 3
 
 
 @pytest.mark.parametrize("options, word", [(dict(component="debreta"), "Did you mean 'deberta'"), (dict(analysis="transfer"), "analysis is 'transfer'"), (dict(component=""), "component is empty")])

@@ -113,7 +113,7 @@ def test_explorer_in_the_browser(lab, finished, tmp_path):
         page.wait_for_timeout(500)
         assert " ms" in app.locator(".sd table:visible").first.inner_text()
         page.screenshot(path=shots / "explorer_you.png")
-        for tab in ("Map", "Knobs"):
+        for tab in ("Map", "Hyperparameters"):
             app.locator(".lm-TabBar-tab", has_text=tab).click()
             page.wait_for_timeout(500)
             page.screenshot(path=shots / f"explorer_{tab.lower()}.png")

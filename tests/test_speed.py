@@ -1,4 +1,4 @@
-"""Checks of the speed protocol: competitors' partial reruns are exact, the clock is honest, verdicts follow from numbers."""
+"""Checks of the speed protocol: competitors' partial reruns are exact, the clock is honest, acceptance_criteria follow from numbers."""
 import time
 
 import numpy as np
@@ -6,8 +6,8 @@ import pytest
 import scipy.sparse as sp
 
 from sharp_distill.core import UserError
-from sharp_distill.speed import (PAPER_MS, TRAIN_STEP, SpeedConfig, bars, bipartite_steps, break_even, ease_fresh, ease_inverse, ease_scores, graph_models, grown, hyper_steps,
-                                 ials_row, ials_rows, make_scene, measure_approximate, measure_pruning, measure_serving, measure_speed, ratio, rerun_rows, run_apart, run_chain, scaled, student_layer, take_turns, verdicts)
+from sharp_distill.speed import (PAPER_MS, TRAIN_STEP, SpeedConfig, speed_criteria, bipartite_steps, break_even, ease_fresh, ease_inverse, ease_scores, graph_models, grown, hyper_steps,
+                                 ials_row, ials_rows, make_scene, measure_approximate, measure_pruning, measure_serving, measure_speed, ratio, rerun_rows, run_apart, run_chain, scaled, student_layer, take_turns, acceptance_criteria)
 from sharp_distill.serving import exact_topk, full_sort_topk
 from sharp_distill.synthetic import make_graph
 
@@ -77,7 +77,7 @@ def test_records_and_verdicts():
     models = {n: m for n, m in graph_models(scene).items() if n in ("student", "hgnn", "lightgcn")}
     records = [dict(nodes=136_701, **r) for r in measure_speed(scene, models, 3)]
     assert {(r["model"], r["regime"]) for r in records} == {(m, g) for m in models for g in ("refresh", "propagate", "fresh")}
-    for v in verdicts(records, 136_701): assert v["supports"] == (v["measured"] >= v["published"])
+    for v in acceptance_criteria(records, 136_701): assert v["supports"] == (v["measured"] >= v["published"])
     assert PAPER_MS[136_701][1] / PAPER_MS[136_701][2] == pytest.approx(68.4, abs=.1)
     assert break_even(10, 2, 1) == pytest.approx(10_000) and break_even(10, 1, 1) == float("inf")
 
@@ -92,7 +92,7 @@ def test_bad_options_and_processes_are_named():
 def test_whole_propagation_is_a_verdict_of_its_own():
     records = [dict(nodes=136_701, model=m, regime=g, over_student=1., p50_ms=p) for m, g, p in
                (("student", "fresh", 2.), ("hgnn", "propagate", 300.), ("hgnn", "fresh", 150.), ("lightgcn", "propagate", 60.))]
-    whole = {v["competitor"]: v for v in verdicts(records, 136_701) if v["regime"].startswith("whole")}
+    whole = {v["competitor"]: v for v in acceptance_criteria(records, 136_701) if v["regime"].startswith("whole")}
     assert whole["hgnn"]["measured"] == 150 and whole["hgnn"]["supports"] and not whole["lightgcn"]["supports"]
 
 
@@ -121,5 +121,5 @@ def test_approximate_search_reports_its_recall():
 def test_limits_are_read_the_right_way_round():
     records = [dict(nodes=1, model=m, regime=g, over_student=x) for m, g, x in (("hgnn", "fresh", 68.), ("lightgcn", "fresh", 39.), ("hgnn", "refresh", 7.), ("lightgcn", "refresh", 3.))]
     cached = [dict(batch=b, side=s, p50_ms=x) for b in (1, 8) for s, x in (("plain product", 10.), ("exact_topk torch", 12.), ("torch.topk", 59.), ("numpy.argpartition", 61.))]
-    found = {b["bar"]: b["met"] for b in bars(records, 1, cached, dict(student=dict(peak_mib=4095)), dict(fold_in_ms=2.1, first_answer_s=.9, beyond_mib=299))}
+    found = {b["bar"]: b["met"] for b in speed_criteria(records, 1, cached, dict(student=dict(peak_mib=4095)), dict(fold_in_ms=2.1, first_answer_s=.9, beyond_mib=299))}
     assert [k for k, met in found.items() if not met] == ["fresh: lightgcn / student", "cached, 1 readers: torch.topk / exact_topk", "fold-in of 50 items and top-10, ms"]

@@ -13,7 +13,7 @@ from sharp_distill.reviews import encode_reviews
 from sharp_distill.split import make_split
 from sharp_distill.tuning import (BOARD, BoardData, Budget, Entry, board_frame, board_name, chosen, finished, first_setting, missing_seeds,
                                   put_rows, put_users, read_board, read_users, refit_row, run_board, stratum_frame, tune,
-                                  users_frame, verdicts)
+                                  users_frame, acceptance_criteria)
 
 BUDGET = Budget(n_trials=5, tune_s=600., n_seeds=2)
 MODELS = ["popularity", "ease", "ease+tfidf", "ials", "student_no_kd"]
@@ -152,7 +152,7 @@ def test_verdicts_on_planted_means():
     row = lambda m, v: dict(model=m, seed=0, config={}, n_params=1, bytes=1, train_s=1., metrics={"NDCG@10": v},
                             strata={"item": {"1-2": {"NDCG@10": v}}, "user": {}})
     rows = [row("ease", .08), row("ease+tfidf", .1), row("teacher", .104), row("student", .103), row("student_no_kd", .09)]
-    table = verdicts(rows)
+    table = acceptance_criteria(rows)
     assert list(table["against"][:4]) == ["ease+tfidf", "ease+tfidf", "teacher", "student_no_kd"]
     assert list(table["holds"]) == [False, True, True, True, True] and np.isclose(table["ratio"].iloc[0], 1.04)
     assert stratum_frame(rows).loc["ease", "1-2"] == .08
