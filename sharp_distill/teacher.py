@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FUSION_GRID', 'FILTER_GRID', 'EDGE_POWER', 'smooth', 'HGNN', 'TeacherConfig', 'Teacher', 'FusionMLP', 'info_nce',
            'contrastive_terms', 'teacher_loss', 'TeacherState', 'standardise', 'hgnn_scores', 'teacher_scores',
-           'item_text', 'weighted_gram', 'climb', 'fit_filter', 'teacher_sessions', 'train_teacher', 'teacher_scorer']
+           'item_text', 'weighted_gram', 'coordinate_search', 'fit_filter', 'teacher_sessions', 'train_teacher',
+           'teacher_scorer']
 
 # %% ../nbs/07_teacher.ipynb #5ffd504b
 from dataclasses import dataclass, field, replace
@@ -241,7 +242,7 @@ def weighted_gram(H: sp.csr_matrix, # [E, I] hyperedges over items, such as user
     return (half.T @ half).toarray().astype(np.float32)
 
 
-def climb(start: dict, # Option -> value
+def coordinate_search(start: dict, # Option -> value
           grid: dict, # Option -> values to try
           score, # options -> number to maximise
           rounds: int = 2) -> dict: # The best options found
@@ -270,7 +271,7 @@ def fit_filter(split, reviews, edge_power: float = EDGE_POWER, # 0, without sess
     for weight, gram in grams.items():
         solve = lambda o: ridge_filter(gram + np.float32(o["text_weight"]) * words, o["ridge"])
         ndcg = lambda o: evaluate(lambda u, B=solve(o): train[u] @ B, split, "valid", ks=(10,)).mean("NDCG@10")
-        chosen = climb(start, grid, ndcg)
+        chosen = coordinate_search(start, grid, ndcg)
         if (score := ndcg(chosen)) > best[1]: best = (solve(chosen), score, chosen | dict(edge_power=edge_power, session_weight=weight))
     return best
 

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 
 from sharp_distill.core import UserError
 from sharp_distill.speed import (PAPER_MS, TRAIN_STEP, SpeedConfig, speed_criteria, bipartite_steps, break_even, ease_fresh, ease_inverse, ease_scores, graph_models, grown, hyper_steps,
-                                 ials_row, ials_rows, make_scene, measure_approximate, measure_pruning, measure_serving, measure_speed, ratio, rerun_rows, run_apart, run_chain, scaled, student_layer, take_turns, acceptance_criteria)
+                                 ials_row, ials_rows, make_case, measure_approximate, measure_pruning, measure_serving, measure_speed, ratio, rerun_rows, run_apart, run_chain, scaled, student_layer, time_interleaved, acceptance_criteria)
 from sharp_distill.serving import exact_topk, full_sort_topk
 from sharp_distill.synthetic import make_graph
 
@@ -57,25 +57,25 @@ def test_closed_forms_of_the_shallow_rivals():
 
 
 def test_every_model_answers_without_seen_items():
-    scene = make_scene(graph(3), emb_dim=8, history=12)
-    for name, model in graph_models(scene).items():
+    case = make_case(graph(3), emb_dim=8, history=12)
+    for name, model in graph_models(case).items():
         answer = model.fresh()
         assert answer.shape == (1, 10) and len(set(answer[0])) == 10, name
-        assert not set(answer[0]) & set(scene.seen), name
+        assert not set(answer[0]) & set(case.seen), name
 
 
 def test_clocks_and_ratios():
-    sleepy = take_turns({"a": lambda: time.sleep(.01), "b": lambda: time.sleep(.04)}, 5)
+    sleepy = time_interleaved({"a": lambda: time.sleep(.01), "b": lambda: time.sleep(.04)}, 5)
     assert 2 < ratio(sleepy, "b", "a") < 6
-    assert np.median(take_turns({"a": lambda: time.sleep(.02)}, 3, clock="cpu")["a"]) < 5
-    with pytest.raises(UserError, match="clock"): take_turns({}, clock="sun")
-    assert len(take_turns({"a": lambda: time.sleep(.05)}, 1000, 0, budget_s=.01)["a"]) == 3
+    assert np.median(time_interleaved({"a": lambda: time.sleep(.02)}, 3, clock="cpu")["a"]) < 5
+    with pytest.raises(UserError, match="clock"): time_interleaved({}, clock="sun")
+    assert len(time_interleaved({"a": lambda: time.sleep(.05)}, 1000, 0, budget_s=.01)["a"]) == 3
 
 
 def test_records_and_verdicts():
-    scene = make_scene(graph(3), emb_dim=8, history=12)
-    models = {n: m for n, m in graph_models(scene).items() if n in ("student", "hgnn", "lightgcn")}
-    records = [dict(nodes=136_701, **r) for r in measure_speed(scene, models, 3)]
+    case = make_case(graph(3), emb_dim=8, history=12)
+    models = {n: m for n, m in graph_models(case).items() if n in ("student", "hgnn", "lightgcn")}
+    records = [dict(nodes=136_701, **r) for r in measure_speed(case, models, 3)]
     assert {(r["model"], r["regime"]) for r in records} == {(m, g) for m in models for g in ("refresh", "propagate", "fresh")}
     for v in acceptance_criteria(records, 136_701): assert v["supports"] == (v["measured"] >= v["published"])
     assert PAPER_MS[136_701][1] / PAPER_MS[136_701][2] == pytest.approx(68.4, abs=.1)
@@ -107,8 +107,8 @@ def test_pruning_is_measured_for_every_spread_and_stays_exact():
     cfg = SpeedConfig(repeats=3, threads=1, emb_dim=16)
     records = measure_pruning(cfg, 6000, 16, (0., 1.5))
     assert {r["spread"] for r in records} == {0., 1.5} and all(r["over_product"] > 0 for r in records)
-    items = make_scene(graph(1), emb_dim=16).item_emb * np.exp(1.5 * np.random.default_rng(0).normal(size=(200, 1))).astype(np.float32)
-    users = make_scene(graph(1), emb_dim=16).user_emb[:20]
+    items = make_case(graph(1), emb_dim=16).item_emb * np.exp(1.5 * np.random.default_rng(0).normal(size=(200, 1))).astype(np.float32)
+    users = make_case(graph(1), emb_dim=16).user_emb[:20]
     np.testing.assert_array_equal(exact_topk(users, items, 10)[0], full_sort_topk(users, items, 10)[0])
 
 
