@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ReviewEmbeddings', 'ReviewTexts', 'train_reviews', 'pooling_matrix', 'review_weights', 'count_words', 'sum_rows',
-           'words_to_keep', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'text_axes', 'spread_of', 'between_items',
+           'words_to_keep', 'weigh_words', 'tfidf_rows', 'item_tfidf', 'text_projection', 'spread_of', 'between_items',
            'finish_vectors', 'pool_reviews', 'WordEncoder', 'NeuralEncoder', 'TextEncoder', 'pack_text_encoder',
            'unpack_text_encoder', 'encode_words', 'encode_neural', 'fuse', 'shuffle_rows', 'encode_reviews']
 
@@ -135,7 +135,7 @@ def item_tfidf(split, cfg: ReviewConfig = ReviewConfig()) -> sp.csr_matrix: # fl
     return tfidf_rows(split, cfg)[1]
 
 # %% ../nbs/05_reviews.ipynb #aae15b05
-def text_axes(items, cfg: ReviewConfig) -> np.ndarray: # csr [I, V] -> float32 [V, n_dims]
+def text_projection(items, cfg: ReviewConfig) -> np.ndarray: # csr [I, V] -> float32 [V, n_dims]
     "Find the items' strongest directions among the words."
     from sklearn.decomposition import TruncatedSVD
     if items.shape[1] <= cfg.n_dims: return np.eye(items.shape[1], cfg.n_dims, dtype=np.float32)
@@ -174,11 +174,11 @@ def finish_vectors(vectors, # float [n, d], distinct
     return mean, (axes / np.sqrt(np.maximum(values, 0) + .1 * values.mean() + 1e-9)).astype(np.float32)
 
 # %% ../nbs/05_reviews.ipynb #a4f0c1d3
-def pool_reviews(vectors, column, row_idx, n_rows: int, weight, mean, turn) -> np.ndarray: # float32 [n_rows, d], unit or zero rows
+def pool_reviews(vectors, column, row_idx, n_rows: int, weight, mean, projection) -> np.ndarray: # float32 [n_rows, d], unit or zero rows
     "Average finished review vectors into rows of unit length."
     M = pooling_matrix(row_idx, n_rows, weight, column, len(vectors))
     rows = M @ np.asarray(vectors, np.float32) - (np.diff(M.indptr) > 0)[:, None] * mean
-    if turn is not None: rows = rows @ turn
+    if projection is not None: rows = rows @ projection
     return (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-8)).astype(np.float32)
 
 # %% ../nbs/05_reviews.ipynb #c46e753e
@@ -190,10 +190,10 @@ class WordEncoder:
     "Reads texts as TF-IDF did: the words, their rarity and their directions of the train part."
     words: tuple # [V] str
     rarity: np.ndarray # float32 [V]
-    turn: np.ndarray # float32 [V, d_t]
+    projection: np.ndarray # float32 [V, d_t]
 
     @property
-    def n_dims(self) -> int: return self.turn.shape[1]
+    def n_dims(self) -> int: return self.projection.shape[1]
     @functools.cached_property
     def _column(self) -> dict: return {w: j for j, w in enumerate(self.words)}
 
@@ -203,7 +203,7 @@ class WordEncoder:
         if not count: return np.zeros(self.n_dims, np.float32)
         at, n = np.array(list(count)), np.array(list(count.values()), np.float32)
         row = (1 + np.log(n)) * self.rarity[at]
-        return row / np.linalg.norm(row) @ self.turn[at]
+        return row / np.linalg.norm(row) @ self.projection[at]
 
 # %% ../nbs/05_reviews.ipynb #f39272cb
 @dataclass(frozen=True, eq=False)
@@ -213,7 +213,7 @@ class NeuralEncoder:
     sha: str # Of its files and options
     config: ReviewConfig
     mean: np.ndarray # float32 [d_t]
-    turn: np.ndarray | None = None # float32 [d_t, d_t]
+    projection: np.ndarray | None = None # float32 [d_t, d_t]
 
     @property
     def n_dims(self) -> int: return len(self.mean)
@@ -230,7 +230,7 @@ class NeuralEncoder:
         at = np.zeros(len(texts), np.int64)
         weight = review_weights(ReviewTexts(texts, at, at, at - 1, 1, 1), at, self.config)
         row = (weight @ encode_texts(texts, *self._parts, self.config) / weight.sum()).astype(np.float32) - self.mean
-        if self.turn is not None: row = row @ self.turn
+        if self.projection is not None: row = row @ self.projection
         return row / max(np.linalg.norm(row), 1e-8)
 
 # %% ../nbs/05_reviews.ipynb #0a4bad45
@@ -274,8 +274,8 @@ def unpack_text_encoder(facts: list, arrays: dict) -> TextEncoder:
 def encode_words(split, cfg: ReviewConfig) -> tuple: # float32 [U, n_dims], float32 [I, n_dims], WordEncoder
     "Reduce the TF-IDF rows of users and items."
     users, items, words, rarity = tfidf_rows(split, cfg)
-    turn = text_axes(items, cfg)
-    return users @ turn, items @ turn, WordEncoder(tuple(map(str, words)), rarity, turn)
+    projection = text_projection(items, cfg)
+    return users @ projection, items @ projection, WordEncoder(tuple(map(str, words)), rarity, projection)
 
 
 def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d], float32 [I, d], NeuralEncoder
@@ -289,10 +289,10 @@ def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d
         zeros = lambda *shape: np.zeros((*shape, hidden_size(folder)), np.float32)
         return zeros(texts.n_users), zeros(texts.n_items), NeuralEncoder(name, sha, cfg, zeros())
     vectors, column = cached_vectors(cache_dir("reviews", sha), texts.text, encode)
-    mean, turn = finish_vectors(vectors, column, texts.item_idx, cfg.finish)
-    rows = (pool_reviews(vectors, column, row, n, review_weights(texts, row, cfg), mean, turn)
+    mean, projection = finish_vectors(vectors, column, texts.item_idx, cfg.finish)
+    rows = (pool_reviews(vectors, column, row, n, review_weights(texts, row, cfg), mean, projection)
             for row, n in ((texts.user_idx, texts.n_users), (texts.item_idx, texts.n_items)))
-    return *rows, NeuralEncoder(name, sha, cfg, mean, turn)
+    return *rows, NeuralEncoder(name, sha, cfg, mean, projection)
 
 # %% ../nbs/05_reviews.ipynb #f2e80959
 def fuse(a: ReviewEmbeddings, b: ReviewEmbeddings, # Of the same split

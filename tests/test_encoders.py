@@ -74,8 +74,8 @@ def test_within_divides_by_the_spread_within_items():
     r = np.random.default_rng(0)
     item = np.repeat(np.arange(20), 30)
     x = (r.normal(size=(20, 4))[item] + r.normal(size=(600, 4)) * [1, 5, .2, 1]).astype(np.float32)
-    mean, turn = finish_vectors(x, np.arange(600), item, "within")
-    z = (x - mean) @ turn
+    mean, projection = finish_vectors(x, np.arange(600), item, "within")
+    z = (x - mean) @ projection
     inside = sum(np.cov(z[item == i].T, bias=True) for i in range(20)) / 20
     assert np.abs(inside - np.diag(np.diag(inside))).max() < .1 and inside.diagonal().max() < 1.01
     doubled = finish_vectors(x[::2], np.repeat(np.arange(300), 2), item, "center")[0]

@@ -64,10 +64,10 @@ def test_rows_without_text_are_zero_and_nothing_is_nan(finish, pooling, tiny):
 
 
 def test_permuting_items_permutes_rows():
-    split, turn = make(), np.random.default_rng(3).permutation(60)
+    split, projection = make(), np.random.default_rng(3).permutation(60)
     before = item_tfidf(split).toarray()
-    split.train.item_idx = turn[split.train.item_idx]
-    assert np.allclose(item_tfidf(split).toarray()[turn], before)
+    split.train.item_idx = projection[split.train.item_idx]
+    assert np.allclose(item_tfidf(split).toarray()[projection], before)
 
 
 def test_recency_never_underflows():
