@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CLOCKS', 'PEAK', 'REGIMES', 'PAPER_MS', 'PRESETS', 'TRAIN_STEP', 'SERVE', 'time_interleaved', 'summarise', 'ratio',
-           'Step', 'sparse_product', 'apply_step', 'run_chain', 'rerun_rows', 'grown', 'touched_by', 'scaled',
-           'both_ways', 'bipartite_steps', 'hyper_steps', 'student_layer', 'ials_row', 'ials_rows', 'ease_inverse',
-           'ease_scores', 'ease_fresh', 'add_up', 'SpeedModel', 'plain_topk', 'BenchmarkCase', 'make_case', 'rebuild',
-           'student_model', 'lightgcn_model', 'hgnn_model', 'hccf_model', 'ials_model', 'ease_model', 'graph_models',
-           'measure_speed', 'search_sides', 'library_sides', 'break_even', 'run_apart', 'plot_regimes', 'SpeedConfig',
-           'size_graph', 'use_threads', 'measure_graphs', 'measure_sizes', 'measure_sets', 'measure_cached',
-           'measure_pruning', 'measure_approximate', 'measure_text', 'measure_training', 'random_recommender',
-           'measure_serving', 'measure_quality', 'speedup_checks', 'format_check', 'speed_criteria']
+           'PropagationStep', 'sparse_product', 'apply_step', 'run_chain', 'rerun_rows', 'grown', 'touched_by',
+           'scaled', 'both_ways', 'bipartite_steps', 'hyper_steps', 'student_layer', 'ials_row', 'ials_rows',
+           'ease_inverse', 'ease_scores', 'ease_fresh', 'add_up', 'SpeedModel', 'plain_topk', 'BenchmarkCase',
+           'make_case', 'rebuild', 'student_model', 'lightgcn_model', 'hgnn_model', 'hccf_model', 'ials_model',
+           'ease_model', 'graph_models', 'measure_speed', 'search_sides', 'library_sides', 'break_even',
+           'measure_apart', 'plot_regimes', 'SpeedConfig', 'size_graph', 'use_threads', 'measure_graphs',
+           'measure_sizes', 'measure_sets', 'measure_cached', 'measure_pruning', 'measure_approximate', 'measure_text',
+           'measure_training', 'random_recommender', 'measure_serving', 'measure_quality', 'speedup_checks',
+           'format_check', 'speed_criteria']
 
 # %% ../nbs/12_speed.ipynb #f2a27a53
 import json
@@ -64,7 +65,7 @@ def ratio(times: dict, slow: str, fast: str) -> float: # "slow takes so many tim
 
 # %% ../nbs/12_speed.ipynb #d1687dd2
 @dataclass(frozen=True, eq=False)
-class Step:
+class PropagationStep:
     "One sparse step of a chain, with the rows that a new interaction changes."
     matrix: sp.csr_matrix # B [n_out, n_in]
     transposed: sp.csr_matrix # B^T, to ask who depends on a row
@@ -84,7 +85,7 @@ def sparse_product(m: sp.csr_matrix, x: np.ndarray, # [n, e], float32 [e, d]
         return (A @ torch.from_numpy(x) if onto is None else torch.from_numpy(onto).addmm_(A, torch.from_numpy(x))).numpy()
 
 # %% ../nbs/12_speed.ipynb #bddc136d
-def apply_step(step: Step, x: np.ndarray, rows=None) -> np.ndarray: # All rows, or only some
+def apply_step(step: PropagationStep, x: np.ndarray, rows=None) -> np.ndarray: # All rows, or only some
     "Return the result of one step."
     out = sparse_product(step.matrix if rows is None else step.matrix[rows], x)
     if step.theta is None: return out
@@ -158,7 +159,7 @@ def bipartite_steps(R: sp.csr_matrix, n_layers: int = 3, edge=None) -> tuple: # 
     E, E_t = both_ways(scaled(R))
     A = sp.csr_matrix((np.r_[E.data, E_t.data], np.r_[E.indices + E.shape[0], E_t.indices], np.r_[E.indptr, E.nnz + E_t.indptr[1:]]), shape=(sum(R.shape),) * 2)
     touched = np.concatenate(touched_by(R, *edge)) if edge else np.ones(A.shape[0], bool)
-    return (Step(A, A, touched),) * n_layers
+    return (PropagationStep(A, A, touched),) * n_layers
 
 # %% ../nbs/12_speed.ipynb #d28c8773
 def hyper_steps(R: sp.csr_matrix, thetas, side: str, edge=None,
@@ -169,7 +170,7 @@ def hyper_steps(R: sp.csr_matrix, thetas, side: str, edge=None,
     A, A_t = (ready or both_ways(scaled(R)))[::1 if side == "user" else -1]
     touched = touched_by(R, *edge) if edge else (np.ones(R.shape[0], bool), np.ones(R.shape[1], bool))
     vertices, edges = touched if side == "user" else touched[::-1]
-    return tuple(s for theta in thetas for s in (Step(A_t, A, edges), Step(A, A_t, vertices, theta)))
+    return tuple(s for theta in thetas for s in (PropagationStep(A_t, A, edges), PropagationStep(A, A_t, vertices, theta)))
 
 # %% ../nbs/12_speed.ipynb #80a741ca
 def student_layer(R: sp.csr_matrix, user_own, item_own, user_message, item_message) -> tuple: # Z_U [U, d], Z_I [I, d]
@@ -438,7 +439,7 @@ import json; print(json.dumps({**globals().get("facts", {}), "peak_mib": peak}))
 """
 
 
-def run_apart(code: str, # Python source; a dictionary named `facts` is handed back
+def measure_apart(code: str, # Python source; a dictionary named `facts` is handed back
               *args) -> dict: # Its facts, and peak_mib
     "Run code in a process of its own, and return also the most memory it held."
     done = subprocess.run([sys.executable, "-c", code + PEAK, *map(str, args)], capture_output=True, text=True)
@@ -611,7 +612,7 @@ def measure_training(cfg: SpeedConfig, nodes: int) -> dict: # who -> step_s, pea
     "Measure a training step of teacher and student, and their memory, in processes of their own."
     out = {}
     for who in ("teacher", "student"):
-        out[who] = run_apart(TRAIN_STEP, who, cfg.clock, nodes, cfg.emb_dim, cfg.threads, cfg.batch_size, cfg.seed)
+        out[who] = measure_apart(TRAIN_STEP, who, cfg.clock, nodes, cfg.emb_dim, cfg.threads, cfg.batch_size, cfg.seed)
         steps = -(-size_graph(nodes, cfg.seed).nnz // cfg.batch_size)
         out[who] |= dict(steps=steps * cfg.epochs, train_s=out[who]["step_s"] * steps * cfg.epochs)
     return out
@@ -651,7 +652,7 @@ def measure_serving(cfg: SpeedConfig, nodes: int) -> dict: # embeddings_mib, pea
         row, have = rec.fold_in(basket)
         exact_topk(row[None], rec._index, cfg.k, sp.csr_matrix((np.ones(len(have), bool), have, [0, len(have)]), shape=(1, len(rec.item_ids))))
     times = time_interleaved({"fold_in": fold, "with names": lambda: rec.recommend_new(basket, k=cfg.k)}, cfg.repeats * 10, budget_s=cfg.budget_s, clock=cfg.clock)
-    with tempfile.TemporaryDirectory() as folder: facts = run_apart(SERVE, rec.save(f"{folder}/student"))
+    with tempfile.TemporaryDirectory() as folder: facts = measure_apart(SERVE, rec.save(f"{folder}/student"))
     return facts | dict(beyond_mib=facts["peak_mib"] - facts["embeddings_mib"], fold_in_ms=float(np.median(times["fold_in"])), fold_in_named_ms=float(np.median(times["with names"])))
 
 # %% ../nbs/12_speed.ipynb #f7007d44

@@ -130,7 +130,7 @@ def ablation_changes(cfg: AblationConfig) -> dict: # analysis -> list of Change;
 
 # %% ../nbs/14_studies.ipynb #6dcb16b7
 def study_frame(jobs: dict, output_dir) -> pd.DataFrame: # One row a variant, seed and model
-    "Collect the finished runs of a study."
+    "Collect the is_done runs of a study."
     rows = []
     for (variant, seed), job in jobs.items():
         path = job_folder(job, output_dir) / "run.json"
@@ -140,7 +140,7 @@ def study_frame(jobs: dict, output_dir) -> pd.DataFrame: # One row a variant, se
             valid = (r.get("student") or {}).get("student") if name == "student" else None
             rows.append(dict(variant=variant, seed=seed, model=name, run_id=r["run_id"], valid=valid, **{k: v["mean"] for k, v in m["metrics"].items()}, n_params=m["n_params"],
                              bytes=m["bytes"], train_s=m["train_s"], latency_ms=m["latency_ms"]["p50"], wall_s=r["wall_s"], peak_mib=r["peak_mib"], **r["size"]))
-    if not rows: raise UserError("no run of this study is finished: the reasons stand in the table of the launch.")
+    if not rows: raise UserError("no run of this study is is_done: the reasons stand in the table of the launch.")
     return pd.DataFrame(rows)
 
 # %% ../nbs/14_studies.ipynb #f3e05c14
@@ -156,7 +156,7 @@ def interval(values) -> tuple: # (mean, low, high); nan for the ends of a single
 def difference_frame(frame: pd.DataFrame, reference: str, metric: str = "NDCG@10", model: str = "student") -> pd.DataFrame: # variant, value, mean, low, high, seeds
     "Compare every variant with the reference, paired by seed, in percent of the reference."
     wide = frame[frame["model"] == model].pivot_table(index="seed", columns="variant", values=metric)
-    if reference not in wide: raise UserError(f"{reference!r} has no finished run: expected it, since the others are compared with it.")
+    if reference not in wide: raise UserError(f"{reference!r} has no is_done run: expected it, since the others are compared with it.")
     rows = []
     for variant in [v for v in dict.fromkeys(frame["variant"]) if v in wide]:
         pairs = wide[[reference, variant]].dropna() if variant != reference else wide[[reference]].dropna()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WITHOUT_DISTILLATION', 'TEACHER', 'BOARD', 'KIND_STYLE', 'Budget', 'BoardData', 'board_name', 'board_data', 'Entry',
            'tuned_lightgcn', 'fitted_filter', 'tuned_teacher', 'entry_of', 'space_frame', 'suggest', 'first_setting',
-           'open_study', 'finished', 'spent_s', 'wants_more', 'with_popularity_fallback', 'tune', 'chosen',
+           'open_study', 'completed_trials', 'spent_s', 'wants_more', 'with_popularity_fallback', 'tune', 'chosen',
            'strata_rows', 'board_row', 'options_of', 'board_path', 'read_board', 'rows_so_far', 'put_rows',
            'users_path', 'read_users', 'put_users', 'by_model', 'users_frame', 'board_tests', 'search_row',
            'write_tests', 'missing_seeds', 'run_model', 'recall', 'run_board', 'refit_row', 'finalists',
@@ -242,17 +242,17 @@ def open_study(name: str, data: BoardData, budget: Budget, folder=None):
     return study
 
 # %% ../nbs/10_tuning.ipynb #bee32962
-def finished(study) -> list: # Trials that ended, whichever way
+def completed_trials(study) -> list: # Trials that ended, whichever way
     "Return the trials that count against the budget."
     return [t for t in study.get_trials(deepcopy=False) if t.state.is_finished()]
 
 # %% ../nbs/10_tuning.ipynb #ce530e1c
-def spent_s(study) -> float: return sum(t.duration.total_seconds() for t in finished(study)) # seconds
+def spent_s(study) -> float: return sum(t.duration.total_seconds() for t in completed_trials(study)) # seconds
 
 # %% ../nbs/10_tuning.ipynb #ab1e03d3
 def wants_more(study, entry: Entry, budget: Budget) -> bool:
     "Tell whether another trial may begin."
-    n = len(finished(study))
+    n = len(completed_trials(study))
     return n < (budget.n_trials if entry.space else 1) and (n == 0 or spent_s(study) < budget.tune_s)
 
 # %% ../nbs/10_tuning.ipynb #d34bed7c
@@ -280,9 +280,9 @@ def tune(name: str, data: BoardData, budget: Budget = Budget(), folder=None, unt
         scorer = with_popularity_fallback(entry.fit(data, suggest(trial, entry), budget.seed, watch), data.split)
         return evaluate(scorer, data.split, "valid", ks=(10,)).mean("NDCG@10")
     if wants_more(study, entry, budget): entry.ready(data, budget.seed)
-    if not finished(study): study.enqueue_trial(first_setting(entry), skip_if_exists=True)
+    if not completed_trials(study): study.enqueue_trial(first_setting(entry), skip_if_exists=True)
     while wants_more(study, entry, budget) and time.time() < until:
-        draw = int(content_sha(budget.seed, name, len(finished(study))), 16) % 2**32
+        draw = int(content_sha(budget.seed, name, len(completed_trials(study))), 16) % 2**32
         study.sampler = optuna.samplers.TPESampler(n_startup_trials=budget.n_startup, seed=draw)
         study.optimize(objective, n_trials=1, catch=(UserError,))
     return study
@@ -391,11 +391,11 @@ def board_tests(users: pd.DataFrame, # From `users_frame`
 # %% ../nbs/10_tuning.ipynb #01e4d304
 def search_row(study, budget: Budget) -> dict:
     "Summarise one model's search."
-    states, done = [t.state.name for t in finished(study)], [t for t in finished(study) if t.state.name == "COMPLETE"]
+    states, done = [t.state.name for t in completed_trials(study)], [t for t in completed_trials(study) if t.state.name == "COMPLETE"]
     best = max(done, key=lambda t: t.value)
     return dict(n_trials=len(states), n_pruned=states.count("PRUNED"), n_failed=states.count("FAIL"), seconds=spent_s(study),
                 default_valid=done[0].value, best_valid=best.value, best=best.params, budget=budget.to_dict(),
-                valid=[t.value if t.state.name == "COMPLETE" else None for t in finished(study)])
+                valid=[t.value if t.state.name == "COMPLETE" else None for t in completed_trials(study)])
 
 # %% ../nbs/10_tuning.ipynb #2737fc0a
 def write_tests(folder, data: BoardData, rows: list, searches: dict, against: str = "student") -> dict:
@@ -434,7 +434,7 @@ def run_model(name: str, data: BoardData, budget: Budget, folder, until: float =
 
 # %% ../nbs/10_tuning.ipynb #1554a64f
 def recall(data: BoardData, rows: list = (), budget: Budget | None = None):
-    "Take the chosen options of the models that others learn from out of a board's rows, or out of finished studies, which come first."
+    "Take the chosen options of the models that others learn from out of a board's rows, or out of completed_trials studies, which come first."
     for name in ("lightgcn", "teacher"):
         study = budget and open_study(name, data, budget)
         if study and not wants_more(study, BOARD[name], budget): data.best[name] = chosen(study, BOARD[name])

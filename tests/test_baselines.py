@@ -109,7 +109,7 @@ def test_lightgcn_learns_and_repeats(split):
 def test_lightgcn_resumes(split, tmp_path):
     cfg = LightGCNConfig(epochs=4)
     whole = fit_lightgcn(split, cfg, tmp_path / "a.safetensors")
-    again = fit_lightgcn(split, cfg, tmp_path / "a.safetensors") # finished: nothing is trained again
+    again = fit_lightgcn(split, cfg, tmp_path / "a.safetensors") # completed_trials: nothing is trained again
     assert np.array_equal(whole.item_emb, again.item_emb)
 
 

@@ -1,4 +1,4 @@
-"""Grids: checked before they start, skipped when finished, continued when killed, one launch at a time, the same on a cluster."""
+"""Grids: checked before they start, skipped when completed_trials, continued when killed, one launch at a time, the same on a cluster."""
 import json
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 
 from sharp_distill.core import UserError, read_json, write_json
 from sharp_distill.experiment import RunConfig, check_run, runs_frame
-from sharp_distill.grid import CHILD, Change, LaunchConfig, finished, job_folder, launch, make_job
+from sharp_distill.grid import CHILD, Change, LaunchConfig, completed_trials, job_folder, launch, make_job
 from sharp_distill.studies import HYPERPARAMETERS, AblationConfig, SensitivityConfig, ablation_changes, study_jobs, swept_values
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,7 @@ def test_older_and_broken_records_are_done_again(done, grid, tmp_path):
         path = job_folder(grid[0], tmp_path) / "run.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-        assert not finished(grid[0], tmp_path) and not path.exists() and path.with_suffix(".old").exists()
+        assert not completed_trials(grid[0], tmp_path) and not path.exists() and path.with_suffix(".old").exists()
 
 
 def child(job, out): # A run's process, as the launcher starts it

@@ -1,4 +1,4 @@
-"""The explorer as a person meets it: JupyterLab in a browser, a finished run, a name typed, an item ticked, and a hostile review shown as text."""
+"""The explorer as a person meets it: JupyterLab in a browser, a completed_trials run, a name typed, an item ticked, and a hostile review shown as text."""
 import json
 import os
 import shutil
@@ -16,8 +16,8 @@ HOSTILE = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    "A small shop with a hostile review, a hostile title, and one finished run."
+def completed_trials(tmp_path_factory):
+    "A small shop with a hostile review, a hostile title, and one completed_trials run."
     os.environ["SHARP_DISTILL_QUIET"] = "1"
     from sharp_distill.data import make_sample
     from sharp_distill.experiment import RunConfig, RunFolder, fit_models, latency_frame, prepare, run_id, run_record
@@ -44,9 +44,9 @@ def test_new_texts_are_read_as_in_training(encoder):
     for u in range(8): assert np.allclose(coded.text_encoder([texts.text[j] for j in np.flatnonzero(texts.user_idx == u)]), coded.user[u], atol=2e-3), u
 
 
-def test_pages_escape_what_the_data_holds(finished, monkeypatch):
+def test_pages_escape_what_the_data_holds(completed_trials, monkeypatch):
     from sharp_distill import explorer as e
-    folder, user = finished
+    folder, user = completed_trials
     monkeypatch.setenv("SHARP_DISTILL_DATA", str(folder))
     cfg, run = next(iter(e.choices(folder / "outputs").values()))
     ex = e.open_run(cfg, run)
@@ -58,11 +58,11 @@ def test_pages_escape_what_the_data_holds(finished, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def lab(finished):
+def lab(completed_trials):
     "JupyterLab on a copy of the notebook; yields its address."
     if not CHROMIUM: pytest.skip("no chromium on this machine: the browser test needs one")
     pytest.importorskip("playwright")
-    folder, _ = finished
+    folder, _ = completed_trials
     nb = json.loads((ROOT / "nbs/explore.ipynb").read_text(encoding="utf-8"))
     for c in nb["cells"]: c["source"] = "".join(c["source"]).replace('output_dir: str = "../outputs"', 'output_dir: str = "outputs"')
     for c in nb["cells"]: c.update(outputs=[]) if c["cell_type"] == "code" else None
@@ -80,7 +80,7 @@ def lab(finished):
     server.wait(20)
 
 
-def test_explorer_in_the_browser(lab, finished, tmp_path):
+def test_explorer_in_the_browser(lab, completed_trials, tmp_path):
     from playwright.sync_api import sync_playwright
     shots = Path(os.environ.get("SHARP_DISTILL_SHOTS", tmp_path))
     with sync_playwright() as p:
@@ -100,7 +100,7 @@ def test_explorer_in_the_browser(lab, finished, tmp_path):
         options = app.locator(".widget-select select option")
         app.locator(".widget-select select").select_option(index=options.count() - 1)
         page.wait_for_function("([old, el]) => el.innerText !== old", arg=[before, lists.element_handle()], timeout=60_000)
-        app.locator(".widget-text input").first.fill(finished[1])
+        app.locator(".widget-text input").first.fill(completed_trials[1])
         app.locator(".sd td", has_text="<script>window.pwned").first.wait_for(timeout=60_000)
         page.wait_for_timeout(1000)
         page.screenshot(path=shots / "explorer_person.png")

@@ -18,34 +18,34 @@ def papermill(out, *parameters):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def completed_trials(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     done = papermill(folder / "out.ipynb", "-p", "output_dir", str(folder / "outputs"), *SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
     return next((folder / "outputs").glob("sample/*/run.json"))
 
 
-def test_record_is_complete(finished):
-    record = check_run(finished)
+def test_record_is_complete(completed_trials):
+    record = check_run(completed_trials)
     assert record["config"]["epochs"] == 3 and record["split"]["protocol"] == "random"
     ndcg = {name: m["metrics"]["NDCG@10"]["mean"] for name, m in record["models"].items()}
     assert ndcg["teacher"] > 2 * ndcg["popularity"] and ndcg["student"] > 2 * ndcg["popularity"]
 
 
-def test_figures_and_student_are_there(finished):
-    names = {p.name for p in finished.parent.iterdir()}
+def test_figures_and_student_are_there(completed_trials):
+    names = {p.name for p in completed_trials.parent.iterdir()}
     for figure in ("quality", "speed", "quality_against_latency", "retention", "sensitivity", "training"): assert {f"{figure}.png", f"{figure}.csv"} <= names
     from sharp_distill.serving import load_recommender, recommend
-    rec = load_recommender(finished.parent / "student")
+    rec = load_recommender(completed_trials.parent / "student")
     assert len(recommend(rec, [rec.user_ids[0]], k=5)) == 5
 
 
-def test_a_failing_run_leaves_earlier_outputs(finished):
-    before = {p: p.read_bytes() for p in finished.parent.rglob("*") if p.is_file()}
-    out = finished.parent.parent.parent
+def test_a_failing_run_leaves_earlier_outputs(completed_trials):
+    before = {p: p.read_bytes() for p in completed_trials.parent.rglob("*") if p.is_file()}
+    out = completed_trials.parent.parent.parent
     done = papermill(out / "bad.ipynb", "-p", "output_dir", str(out), "-p", "epocs", "3")
     assert done.returncode != 0 and "'epocs' is not an option of RunConfig. Did you mean 'epochs'?" in done.stderr
-    assert before == {p: p.read_bytes() for p in finished.parent.rglob("*") if p.is_file()}
+    assert before == {p: p.read_bytes() for p in completed_trials.parent.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("parameter, value, line", [("dataset", "smaple", "sample"), ("k", "0", "k is 0"), ("encoder", "no/such/encoder", "no/such/encoder"), ("k_core", "500", "500")])

@@ -7,7 +7,7 @@ import scipy.sparse as sp
 
 from sharp_distill.core import UserError
 from sharp_distill.speed import (PAPER_MS, TRAIN_STEP, SpeedConfig, speed_criteria, bipartite_steps, break_even, ease_fresh, ease_inverse, ease_scores, graph_models, grown, hyper_steps,
-                                 ials_row, ials_rows, make_case, measure_approximate, measure_pruning, measure_serving, measure_speed, ratio, rerun_rows, run_apart, run_chain, scaled, student_layer, time_interleaved, acceptance_criteria)
+                                 ials_row, ials_rows, make_case, measure_approximate, measure_pruning, measure_serving, measure_speed, ratio, rerun_rows, run_job_apart, run_chain, scaled, student_layer, time_interleaved, acceptance_criteria)
 from sharp_distill.serving import exact_topk, full_sort_topk
 from sharp_distill.synthetic import make_graph
 
@@ -85,7 +85,7 @@ def test_records_and_verdicts():
 def test_bad_options_and_processes_are_named():
     for bad in ({"preset": "huge"}, {"emb_dim": 0}, {"thread": 2}, {"clock": "sun"}):
         with pytest.raises(UserError): SpeedConfig.from_dict(bad)
-    with pytest.raises(UserError, match="boom"): run_apart("raise ValueError('boom')")
+    with pytest.raises(UserError, match="boom"): run_job_apart("raise ValueError('boom')")
     with pytest.raises(UserError, match="already"): grown(graph(3), 0, int(graph(3)[0].indices[0]))
 
 
@@ -98,7 +98,7 @@ def test_whole_propagation_is_a_verdict_of_its_own():
 
 def test_memory_at_full_size():
     """The student's training under 4 GiB, serving under 300 MiB beyond the embeddings, at 71,258 users, 65,443 items and 1,243,755 interactions."""
-    assert 200 < run_apart(TRAIN_STEP, "student", "cpu", 136_701, 64, 1, 4096, 0)["peak_mib"] < 4096
+    assert 200 < run_job_apart(TRAIN_STEP, "student", "cpu", 136_701, 64, 1, 4096, 0)["peak_mib"] < 4096
     served = measure_serving(SpeedConfig(repeats=3, threads=1), 136_701)
     assert 30 < served["embeddings_mib"] < 40 and served["beyond_mib"] < 300 and not served["torch"]
 

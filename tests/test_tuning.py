@@ -11,7 +11,7 @@ from sharp_distill.data import make_sample
 from sharp_distill.evaluation import evaluate
 from sharp_distill.reviews import encode_reviews
 from sharp_distill.split import make_split
-from sharp_distill.tuning import (BOARD, BoardData, Budget, Entry, board_frame, board_name, chosen, finished, first_setting, missing_seeds,
+from sharp_distill.tuning import (BOARD, BoardData, Budget, Entry, board_frame, board_name, chosen, completed_trials, first_setting, missing_seeds,
                                   put_rows, put_users, read_board, read_users, refit_row, run_board, stratum_frame, tune,
                                   users_frame, acceptance_criteria)
 
@@ -53,19 +53,19 @@ def test_first_setting_is_in_the_space(name):
 def test_interrupted_search_is_the_same_search(data, tmp_path):
     whole = tune("itemknn", data, BUDGET, tmp_path / "a")
     for n in (1, 3, 5): parts = tune("itemknn", data, BUDGET.replace(n_trials=n), tmp_path / "b")
-    assert [(t.params, t.value) for t in finished(whole)] == [(t.params, t.value) for t in finished(parts)]
-    assert finished(whole)[0].params == first_setting(BOARD["itemknn"])
+    assert [(t.params, t.value) for t in completed_trials(whole)] == [(t.params, t.value) for t in completed_trials(parts)]
+    assert completed_trials(whole)[0].params == first_setting(BOARD["itemknn"])
 
 
 def test_budget_is_what_the_file_says(data, tmp_path):
-    assert len(finished(tune("rp3beta", data, BUDGET.replace(tune_s=0.), tmp_path))) == 1
-    assert len(finished(tune("rp3beta", data, BUDGET, tmp_path))) == 5 == len(finished(tune("rp3beta", data, BUDGET, tmp_path)))
+    assert len(completed_trials(tune("rp3beta", data, BUDGET.replace(tune_s=0.), tmp_path))) == 1
+    assert len(completed_trials(tune("rp3beta", data, BUDGET, tmp_path))) == 5 == len(completed_trials(tune("rp3beta", data, BUDGET, tmp_path)))
 
 
 def test_choice_never_reads_test(data, tmp_path):
     other = BoardData("blind", replace(data.split, test=data.split.valid), data.reviews, "tfidf")
     a, b = (tune("ease", d, BUDGET, tmp_path / d.name) for d in (data, other))
-    assert [t.value for t in finished(a)] == [t.value for t in finished(b)]
+    assert [t.value for t in completed_trials(a)] == [t.value for t in completed_trials(b)]
 
 
 def test_weak_trainings_are_cut_and_failures_count(data, tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_weak_trainings_are_cut_and_failures_count(data, tmp_path, monkeypatch):
         if options["x"] > .9: raise UserError("the loss became inf")
         return BOARD["popularity"].fit(d, {}, seed, None)
     monkeypatch.setitem(BOARD, "planted", Entry(fit, dict(x=(0., 1., "linear")), dict(x=.5)))
-    states = [t.state.name for t in finished(tune("planted", data, BUDGET.replace(n_trials=14), tmp_path))]
+    states = [t.state.name for t in completed_trials(tune("planted", data, BUDGET.replace(n_trials=14), tmp_path))]
     assert len(states) == 14 and "PRUNED" not in states[:3] and "PRUNED" in states[3:]
 
 
