@@ -252,7 +252,7 @@ class TextEncoder:
 def pack_text_encoder(text_encoder: TextEncoder) -> tuple: # facts for JSON, arrays by name
     "Take a user apart for storing."
     facts, arrays = [], {}
-    for k, (part, scale) in enumerate(zip(reader.parts, reader.scales)):
+    for k, (part, scale) in enumerate(zip(text_encoder.parts, text_encoder.scales)):
         values = {f.name: getattr(part, f.name) for f in fields(part)}
         arrays |= {f"{k}.{n}": np.ascontiguousarray(v) for n, v in values.items() if isinstance(v, np.ndarray)}
         rest = {n: v.to_dict() if n == "config" else v for n, v in values.items() if not isinstance(v, np.ndarray)}

@@ -392,11 +392,11 @@ def build_recommender(state, # A StudentState
         if len(getattr(state, name)) != n: raise UserError(f"{name} has {len(getattr(state, name)):,} rows, the interactions {n:,}: expected a student and interactions of one split.")
     arrays = {name: np.ascontiguousarray(getattr(state, name)) for name in ARRAYS}
     for name in ARRAYS[:5]: check_embedding(arrays[name], name)
-    if reader is not None and reader.n_dims != len(arrays["item_map"]): raise UserError(f"reader gives {reader.n_dims} numbers, the student reads {len(arrays['item_map'])}: expected the reader of the review embeddings it was trained with.")
+    if text_encoder is not None and text_encoder.n_dims != len(arrays["item_map"]): raise UserError(f"text_encoder gives {text_encoder.n_dims} numbers, the student reads {len(arrays['item_map'])}: expected the text_encoder of the review embeddings it was trained with.")
     config = state.config.to_dict() if hasattr(state.config, "to_dict") else dict(state.config or {})
     R = seen.to_csr()
     every = sum((part.to_csr() for part in exclude), R).astype(bool) if exclude else None
-    return Recommender(**arrays, seen=R, exclude=every, text_encoder=reader, user_ids=seen.user_ids, item_ids=seen.item_ids, item_titles=seen.item_titles,
+    return Recommender(**arrays, seen=R, exclude=every, text_encoder=text_encoder, user_ids=seen.user_ids, item_ids=seen.item_ids, item_titles=seen.item_titles,
                        facts=dict(config=config, split_sha=state.split_sha, encoder=state.encoder))
 
 # %% ../nbs/11_serving.ipynb #61bec4af
@@ -462,8 +462,8 @@ Recommender._directions.__set_name__(Recommender, "_directions")
 # %% ../nbs/11_serving.ipynb #3ecfa0f8
 def _text_part(rec, user: int, items) -> np.ndarray: # float64 [d]
     "Recover from a known user's row what her own reviews put into x_u W_U."
-    from sharp_distill.student import fold_in as fold_in_row
-    return (len(items) + 1.) * (rec.user_emb[user].astype(np.float64) - fold_in_row(rec, items, is_new=False))
+    from sharp_distill.student import user_row
+    return (len(items) + 1.) * (rec.user_emb[user].astype(np.float64) - user_row(rec, items, is_new=False))
 
 # %% ../nbs/11_serving.ipynb #52f5bc6f
 def fold_in(rec: Recommender, items=(), # Ids of the new items
@@ -472,7 +472,7 @@ def fold_in(rec: Recommender, items=(), # Ids of the new items
             reviews=None, # Or the reviews themselves: a text, or all her texts
            ) -> tuple: # float32 [d] her row, int64 [n] all her items
     "Return the exact row of a cold_start_list, or of a known user after new interactions."
-    from sharp_distill.student import fold_in as fold_in_row
+    from sharp_distill.student import user_row
     review_emb = _text_row(rec, reviews, review_emb)
     new = np.unique(_lookup(rec.item_ids, items, rec._item_number, "item")) if len(items) else np.empty(0, np.int64)
     old, text = np.empty(0, np.int64), 0.
@@ -481,7 +481,7 @@ def fold_in(rec: Recommender, items=(), # Ids of the new items
         old = rec.seen.indices[rec.seen.indptr[u]:rec.seen.indptr[u + 1]].astype(np.int64)
         if review_emb is None: text = _text_part(rec, u, old)
     have = np.union1d(old, new)
-    row = fold_in_row(rec, have, review_emb, is_new=~np.isin(have, old))
+    row = user_row(rec, have, review_emb, is_new=~np.isin(have, old))
     return (row + text / (len(have) + 1.)).astype(np.float32), have
 
 # %% ../nbs/11_serving.ipynb #34fb3018
@@ -611,9 +611,9 @@ def load_recommender(folder, # As written by `save`
     about, a, names = _check_folder(folder, checksum), map_arrays(folder / "arrays.safetensors"), read_json(folder / "names.json")
     shape = (len(names["user_ids"]), len(names["item_ids"]))
     sparse = lambda name: sp.csr_matrix((np.ones(len(a[f"{name}_indices"]), np.bool_), a[f"{name}_indices"], a[f"{name}_indptr"]), shape=shape) if f"{name}_indptr" in a else None
-    reader = unpack_text_encoder(read_json(folder / "text_encoder.json"), map_arrays(folder / "text_encoder.safetensors")) if TEXT_ENCODER_FILES[0] in about["files"] else None
+    text_encoder = unpack_text_encoder(read_json(folder / "text_encoder.json"), map_arrays(folder / "text_encoder.safetensors")) if TEXT_ENCODER_FILES[0] in about["files"] else None
     as_names = lambda x: None if x is None else np.array(x, dtype=object)
-    return Recommender(**{n: a[n] for n in ARRAYS}, seen=sparse("seen"), exclude=sparse("exclude"), text_encoder=reader, facts=about["facts"], **{n: as_names(x) for n, x in names.items()})
+    return Recommender(**{n: a[n] for n in ARRAYS}, seen=sparse("seen"), exclude=sparse("exclude"), text_encoder=text_encoder, facts=about["facts"], **{n: as_names(x) for n, x in names.items()})
 
 # %% ../nbs/11_serving.ipynb #d3697920
 Recommender.load = staticmethod(load_recommender)

@@ -282,7 +282,7 @@ def rebuild(case: BenchmarkCase) -> sp.csr_matrix: # What every refresh begins w
 # %% ../nbs/12_speed.ipynb #46c75f5a
 def student_model(case: BenchmarkCase) -> SpeedModel:
     "The student: one layer, one row."
-    from sharp_distill.student import fold_in
+    from sharp_distill.student import user_row
     users, items, (E, E_t), (user, item) = case.user_emb, case.item_emb, both_ways(scaled(case.R, 1.)), case.edge
     index = index_items(items, int8=has_fast_search())
     loops = [1 / (np.asarray(case.R.sum(axis), np.float32).reshape(-1, 1) + 1) for axis in (1, 0)]
@@ -292,7 +292,7 @@ def student_model(case: BenchmarkCase) -> SpeedModel:
     is_new = have == item
     return SpeedModel("student", lambda: student_layer(rebuild(case), users, items, users, items),
                       lambda: (sparse_product(E, items, loops[0] * users), sparse_product(E_t, users, loops[1] * items)),
-                      lambda: exact_topk(fold_in(state, have, is_new=is_new)[None], index, case.k, hers)[0],
+                      lambda: exact_topk(user_row(state, have, is_new=is_new)[None], index, case.k, hers)[0],
                       users.nbytes + items.nbytes, items.nbytes + index.n_bytes, "one row; stored: messages, a sorted copy of the items, their 8-bit codes where they help")
 
 # %% ../nbs/12_speed.ipynb #aa0e7e33

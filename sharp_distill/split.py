@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from .core import UserError, content_sha, did_you_mean, read_json, rng, whole_file, write_json
-from .data import ROW_COLUMNS, Interactions, Step, drop_duplicates, from_frame, read_interactions
+from .data import ROW_COLUMNS, Interactions, CleaningStep, drop_duplicates, from_frame, read_interactions
 from .files import read_table
 
 # %% ../nbs/02_split.ipynb #7ce22f2b
@@ -203,7 +203,7 @@ def load_split(folder) -> Split:
     about = read_json(folder / "split.json")
     rows, users, items = (_read_part(folder / f"{n}.parquet") for n in ("rows", "users", "items"))
     titles = items["item_title"].to_numpy(object) if "item_title" in items else None
-    steps = tuple(Step(**s) for s in about["provenance"])
+    steps = tuple(CleaningStep(**s) for s in about["provenance"])
     cols = {c: rows[c].to_numpy(object if c == "review" else None) for c in ROW_COLUMNS}
     data = Interactions(**cols, user_ids=users["user_id"].to_numpy(object), item_ids=items["item_id"].to_numpy(object),
                         item_titles=titles, provenance=steps)
