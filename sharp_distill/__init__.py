@@ -7,6 +7,6 @@ __all__ = ["main", "load_and_split_data", "create_hypergraphs_and_incidence_matr
 def __getattr__(name):
     "Load the quick-start functions when they are first asked for: importing the package itself stays instant."
     if name in __all__:
-        from . import quickstart
+        from .app import quickstart
         return getattr(quickstart, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ __all__ = ['UserError', 'did_you_mean', 'error_line', 'option', 'Config', 'conte
            'write_json', 'read_json', 'cache_root', 'cache_dir', 'rng', 'torch_rng', 'versions', 'machine',
            'pick_device', 'Stopwatch', 'peak_mib', 'progress']
 
-# %% ../nbs/00_core.ipynb #eea56193
+# %% ../nbs/00_core.ipynb #7f2b6511
 import contextlib
 import dataclasses
 import difflib

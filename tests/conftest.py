@@ -22,6 +22,6 @@ def quiet(): # No progress speed_criteria
 
 @pytest.fixture(scope="module")
 def split(): # Five hundred readers of the generated bookshop
-    from sharp_distill.data import make_sample
-    from sharp_distill.split import make_split
+    from sharp_distill.data.interactions import make_sample
+    from sharp_distill.data.split import make_split
     return make_split(make_sample(seed=2, n_users=500), seed=0)

@@ -5,13 +5,14 @@ import pytest
 import scipy.sparse as sp
 import torch
 
-from sharp_distill.baselines import (BASELINES, LightGCN, LightGCNConfig, fit_baseline, fit_ease, fit_gfcf, fit_itemknn, fit_lightgcn,
-                                     fit_rp3beta, fit_slim, fit_text_ease, item_graph)
+from sharp_distill.models.baselines import (
+    BASELINES, LightGCN, LightGCNConfig, fit_baseline, fit_ease, fit_gfcf, fit_itemknn, fit_lightgcn,
+    fit_rp3beta, fit_slim, fit_text_ease, item_graph)
 from sharp_distill.core import UserError
-from sharp_distill.data import from_frame
-from sharp_distill.evaluation import evaluate
-from sharp_distill.reviews import item_tfidf
-from sharp_distill.split import make_split
+from sharp_distill.data.interactions import from_frame
+from sharp_distill.data.evaluation import evaluate
+from sharp_distill.text.words import item_tfidf
+from sharp_distill.data.split import make_split
 
 
 pytestmark = pytest.mark.usefixtures("quiet")

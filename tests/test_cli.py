@@ -9,13 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 import sharp_distill.cli as cli
-from sharp_distill.data import make_sample
+from sharp_distill.data.interactions import make_sample
 
 ROOT = Path(__file__).parent.parent
 SHELL = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
 
 
-def shell(*words, cwd=ROOT): return subprocess.run([sys.executable, "-c", "from sharp_distill.cli import main; main()", *words], capture_output=True, text=True, cwd=cwd)
+def shell(*words, cwd=ROOT): return subprocess.run([sys.executable, "-c", "from sharp_distill.app.cli import main; main()", *words], capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

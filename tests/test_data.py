@@ -17,11 +17,13 @@ import pandas as pd
 import pytest
 
 from sharp_distill.core import UserError
-from sharp_distill.data import (CleanConfig, clean, compact, data_card, drop_duplicates, from_frame, k_core, load_interactions, make_sample,
-                                make_scale, plot_card, provenance_frame, read_interactions)
-from sharp_distill.files import read_table
-from sharp_distill.sources import datasets, download, fetch, find_source
-from sharp_distill.synthetic import make_graph
+from sharp_distill.data.interactions import (
+    CleanConfig, clean, compact, data_card, drop_duplicates, from_frame, k_core, load_interactions, make_sample,
+    make_scale, provenance_frame, read_interactions)
+from sharp_distill.plots.data import plot_card
+from sharp_distill.data.files import read_table
+from sharp_distill.data.sources import datasets, download, fetch, find_source
+from sharp_distill.data.synthetic import make_graph
 
 HERE = Path(__file__).resolve().parents[1]
 REAL = next((p for p in (os.environ.get("SHARP_DISTILL_DATA"), HERE.parent / "shared/data") if p and (Path(p) / "steam.parquet").exists()), None)
@@ -256,7 +258,7 @@ def test_reading_is_in_pieces(put):
     with gzip.open(put("big.jsonl.gz", b""), "wb", 1) as out:
         for k in range(60): out.write(lines([{**row, "user_id": f"u{k}", "parent_asin": str(i)} for i in range(500)]))
     put("small.jsonl", lines([A23]))
-    code = ("from sharp_distill.core import peak_mib\nfrom sharp_distill.files import read_table\nread_table('small.jsonl')\n"
+    code = ("from sharp_distill.core import peak_mib\nfrom sharp_distill.data.files import read_table\nread_table('small.jsonl')\n"
             "before = peak_mib()\nn = len(read_table('big.jsonl.gz').frame)\nprint(n, peak_mib() - before)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
     rows, more = map(float, done.stdout.split())

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from sharp_distill.encoder_training import AdaptConfig, adapt_encoder, adapted_encoder, join_kernels, sharpen, text_kernel
-from sharp_distill.encoders import ReviewConfig, encode_texts, load_encoder, tiny_deberta
-from sharp_distill.reviews import finish_vectors
+from sharp_distill.text.encoder_training import (
+    AdaptConfig, adapt_encoder, adapted_encoder, join_kernels, sharpen, text_kernel)
+from sharp_distill.text.encoders import ReviewConfig, encode_texts, load_encoder, tiny_deberta
+from sharp_distill.text.reviews import finish_vectors
 
 WORDS = "amp loud warm string neck bright cable pick solid cheap tone strap case tuner stand pedal".split()
 FEW = AdaptConfig(n_steps=2, every=2, batch_size=8, max_tokens=12, n_kept_out=20)
@@ -43,8 +44,8 @@ def test_poisoned_validation_and_test_reviews_adapt_to_the_same_weights(tmp_path
 
 
 def test_only_the_asked_layers_are_trained_and_checkpointing_trains_the_same(tmp_path, tiny):
-    from sharp_distill.encoder_training import adapt_step, freeze_lower, groups_of, draw_pairs
-    from sharp_distill.reviews import train_reviews
+    from sharp_distill.text.encoder_training import adapt_step, draw_pairs, freeze_lower, groups_of
+    from sharp_distill.text.words import train_reviews
     texts, grads = train_reviews(make()), {}
     for checkpointing in (False, True):
         tokenizer, model = load_encoder(tiny, device="cpu")

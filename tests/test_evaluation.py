@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharp_distill.core import UserError
-from sharp_distill.data import make_sample
-from sharp_distill.evaluation import (EvalResult, Scorer, bootstrap_means, compare, coverage, evaluate, hit_matrix, holm, metrics_at,
-                                      paired_test, popularity_bias, popularity_groups, rank_topk, restrict, strata)
-from sharp_distill.split import make_split
+from sharp_distill.data.interactions import make_sample
+from sharp_distill.data.evaluation import (
+    EvalResult, Scorer, bootstrap_means, compare, coverage, evaluate, hit_matrix, holm, metrics_at, paired_test,
+    popularity_bias, popularity_groups, rank_topk, restrict, strata)
+from sharp_distill.data.split import make_split
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_permuting_item_numbers_permutes_lists(split):
 
 def test_memory_is_bounded_by_the_batch():
     import tracemalloc
-    from sharp_distill.evaluation import recommend_topk
+    from sharp_distill.data.evaluation import recommend_topk
     seen = sp.csr_matrix((3000, 40_000), dtype=np.float32)
     tracemalloc.start()
     sizes = []

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from sharp_distill.core import UserError, read_json, write_json
-from sharp_distill.experiment import RunConfig, check_run, runs_frame
-from sharp_distill.grid import CHILD, Change, LaunchConfig, completed_trials, job_folder, launch, make_job
-from sharp_distill.studies import HYPERPARAMETERS, AblationConfig, SensitivityConfig, ablation_changes, study_jobs, swept_values
+from sharp_distill.experiments.run import RunConfig
+from sharp_distill.experiments.record import check_run, runs_frame
+from sharp_distill.experiments.grid import CHILD, Change, LaunchConfig, job_folder, launch, make_job
+from sharp_distill.experiments.search import completed_trials
+from sharp_distill.experiments.studies import (
+    AblationConfig, HYPERPARAMETERS, SensitivityConfig, ablation_changes, study_jobs, swept_values)
 
 ROOT = Path(__file__).parent.parent
 QUICK = RunConfig(epochs=1, student_epochs=1, emb_dim=8, encoder="none")

@@ -19,8 +19,8 @@ HOSTILE = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2
 def completed_trials(tmp_path_factory):
     "A small shop with a hostile review, a hostile title, and one completed_trials run."
     os.environ["SHARP_DISTILL_QUIET"] = "1"
-    from sharp_distill.data import make_sample
-    from sharp_distill.experiment import RunConfig, RunFolder, fit_models, latency_frame, prepare, run_id, run_record
+    from sharp_distill.data.interactions import make_sample
+    from sharp_distill.experiments.run import RunConfig, RunFolder, fit_models, latency_frame, prepare, run_id, run_record
     folder = tmp_path_factory.mktemp("explore")
     books = make_sample(n_users=200, n_items=80).to_frame()
     books.loc[books.user_id == books.user_id.iloc[0], "review"] = HOSTILE
@@ -36,16 +36,17 @@ def completed_trials(tmp_path_factory):
 @pytest.mark.parametrize("encoder", ["tfidf", "shipped", "tfidf+shipped"])
 def test_new_texts_are_read_as_in_training(encoder):
     import numpy as np
-    from sharp_distill.data import make_sample
-    from sharp_distill.reviews import encode_reviews, train_reviews
-    from sharp_distill.split import make_split
+    from sharp_distill.data.interactions import make_sample
+    from sharp_distill.text.reviews import encode_reviews
+    from sharp_distill.text.words import train_reviews
+    from sharp_distill.data.split import make_split
     split = make_split(make_sample(n_users=60, n_items=40), "random", 0)
     coded, texts = encode_reviews(split, encoder), train_reviews(split)
     for u in range(8): assert np.allclose(coded.text_encoder([texts.text[j] for j in np.flatnonzero(texts.user_idx == u)]), coded.user[u], atol=2e-3), u
 
 
 def test_pages_escape_what_the_data_holds(completed_trials, monkeypatch):
-    from sharp_distill import explorer as e
+    from sharp_distill.app import explorer as e
     folder, user = completed_trials
     monkeypatch.setenv("SHARP_DISTILL_DATA", str(folder))
     cfg, run = next(iter(e.choices(folder / "outputs").values()))

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sharp_distill import encoders, reviews
+from sharp_distill.text import encoders, reviews
 from sharp_distill.core import UserError
-from sharp_distill.encoders import ReviewConfig, cached_vectors, clean_text, find_encoder, read_vectors, tiny_deberta, write_vectors
-from sharp_distill.reviews import encode_reviews, fuse, item_tfidf, pooling_matrix, review_weights, train_reviews
+from sharp_distill.text.encoders import ReviewConfig, clean_text, find_encoder, tiny_deberta
+from sharp_distill.text.vector_cache import cached_vectors, read_vectors, write_vectors
+from sharp_distill.text.reviews import encode_reviews, fuse, pooling_matrix, review_weights
+from sharp_distill.text.words import item_tfidf, train_reviews
 
 WORDS = "amp loud warm string neck bright cable pick solid cheap tone strap case tuner stand pedal".split()
 
@@ -125,7 +127,7 @@ def test_any_flipped_byte_is_noticed(tmp_path):
         assert got is None or np.array_equal(got[1], trusted), i
 
 
-COUNT = "import sys, numpy as np; from pathlib import Path; from sharp_distill.encoders import cached_vectors; " \
+COUNT = "import sys, numpy as np; from pathlib import Path; from sharp_distill.text.vector_cache import cached_vectors; " \
     "texts = [f'text {i}' for i in range(200)]; v, c = cached_vectors(Path(sys.argv[1]), texts, lambda ts: np.array([[float(t.split()[1]) + 1] for t in ts]), block=7); " \
     "sys.exit(v[c][:, 0].tolist() != [float(i) + 1 for i in range(200)])"
 

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from sharp_distill.baselines import LightGCN, LightGCNConfig, fit_baseline, fit_lightgcn
+from sharp_distill.models.baselines import LightGCN, LightGCNConfig, fit_baseline, fit_lightgcn
 from sharp_distill.core import UserError
-from sharp_distill.evaluation import evaluate
-from sharp_distill.reviews import encode_reviews
-from sharp_distill.rivals import COMPETITORS, Edges, HGAtt, HGAttConfig, TextLightGCN, _EdgeSum, fit_competitor
+from sharp_distill.data.evaluation import evaluate
+from sharp_distill.text.reviews import encode_reviews
+from sharp_distill.models.competitors import (
+    COMPETITORS, Edges, HGAtt, HGAttConfig, TextLightGCN, _EdgeSum, fit_competitor)
 
 
 pytestmark = pytest.mark.usefixtures("quiet")

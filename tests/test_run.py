@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sharp_distill.experiment import check_run
+from sharp_distill.experiments.record import check_run
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["-p", "epochs", "3", "-p", "student_epochs", "1", "-p", "emb_dim", "32", "-p", "n_queries", "10"]
@@ -35,7 +35,7 @@ def test_record_is_complete(completed_trials):
 def test_figures_and_student_are_there(completed_trials):
     names = {p.name for p in completed_trials.parent.iterdir()}
     for figure in ("quality", "speed", "quality_against_latency", "retention", "sensitivity", "training"): assert {f"{figure}.png", f"{figure}.csv"} <= names
-    from sharp_distill.serving import load_recommender, recommend
+    from sharp_distill.serve.recommender import load_recommender, recommend
     rec = load_recommender(completed_trials.parent / "student")
     assert len(recommend(rec, [rec.user_ids[0]], k=5)) == 5
 

@@ -10,9 +10,10 @@ import pytest
 import scipy.sparse as sp
 from hypothesis import given, settings, strategies as st
 
-from sharp_distill import native, serving
+from sharp_distill.serve import native, topk as serving
 from sharp_distill.core import UserError
-from sharp_distill.serving import Recommender, build_recommender, exact_topk, full_sort_topk, index_items
+from sharp_distill.serve.recommender import Recommender, build_recommender
+from sharp_distill.serve.topk import exact_topk, full_sort_topk, index_items
 
 ENGINES = ("numpy", "torch", "int8") if native.find_library() else ("numpy", "torch")
 HAS_INT8 = "int8" in ENGINES
@@ -224,7 +225,7 @@ def test_duplicates_count_once(shop):
 
 def test_loading_and_answering_need_no_torch(shop, tmp_path):
     shop.save(tmp_path / "a")
-    code = "import sys; from sharp_distill.serving import Recommender as R; r = R.load(sys.argv[1]); r.recommend('u1', k=3); r.recommend_idx(list(range(9)), 3); assert 'torch' not in sys.modules"
+    code = "import sys; from sharp_distill.serve.recommender import Recommender as R; r = R.load(sys.argv[1]); r.recommend('u1', k=3); r.recommend_idx(list(range(9)), 3); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True)
 
 

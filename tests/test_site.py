@@ -77,7 +77,7 @@ def test_the_gallery_draws_what_is_stored(tmp_path):
 
 def test_own_data_example_runs_as_written(tmp_path):
     "The README's lines, on a small CSV."
-    from sharp_distill.data import make_sample
+    from sharp_distill.data.interactions import make_sample
     make_sample(n_users=120, n_items=60).to_frame()[["user_id", "item_id", "review", "rating"]].to_csv(tmp_path / "my_reviews.csv", index=False)
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12

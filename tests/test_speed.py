@@ -6,10 +6,17 @@ import pytest
 import scipy.sparse as sp
 
 from sharp_distill.core import UserError
-from sharp_distill.speed import (PAPER_MS, TRAIN_STEP, SpeedConfig, speed_criteria, bipartite_steps, break_even, ease_fresh, ease_inverse, ease_scores, graph_models, grown, hyper_steps,
-                                 ials_row, ials_rows, make_case, measure_approximate, measure_pruning, measure_serving, measure_speed, ratio, rerun_rows, run_job_apart, run_chain, scaled, student_layer, time_interleaved, acceptance_criteria)
-from sharp_distill.serving import exact_topk, full_sort_topk
-from sharp_distill.synthetic import make_graph
+from sharp_distill.experiments.speed import (
+    PAPER_MS, SpeedConfig, TRAIN_STEP, measure_approximate, measure_pruning, measure_serving, measure_speed,
+    speed_criteria)
+from sharp_distill.experiments.propagation import (
+    bipartite_steps, ease_fresh, ease_inverse, ease_scores, graph_models, grown, hyper_steps, ials_row,
+    ials_rows, make_case, rerun_rows, run_chain, scaled, student_layer)
+from sharp_distill.experiments.latency import break_even, ratio, time_interleaved
+from sharp_distill.experiments.grid import run_job_apart
+from sharp_distill.experiments.board import acceptance_criteria
+from sharp_distill.serve.topk import exact_topk, full_sort_topk
+from sharp_distill.data.synthetic import make_graph
 
 
 def graph(seed, n_users=300, n_items=200, n=2500):
@@ -39,7 +46,7 @@ def test_operators_against_dense_formulas():
     L = np.diag(H.sum(1) ** -.5) @ H @ np.diag(1 / H.sum(0)) @ H.T @ np.diag(H.sum(1) ** -.5)
     theta = gen.normal(size=(4, 4)).astype(np.float32)
     np.testing.assert_allclose(run_chain(x, hyper_steps(R, [theta], "user"))[-1], np.maximum(L @ x @ theta, 0), atol=1e-5)
-    from sharp_distill.hypergraphs import build_hypergraphs, normalised_adjacency
+    from sharp_distill.models.hypergraphs import build_hypergraphs, normalised_adjacency
     np.testing.assert_allclose(L, build_hypergraphs(R)[0].factor.toarray() @ build_hypergraphs(R)[0].factor.toarray().T, atol=1e-5)
     z, y = gen.normal(size=(50, 4)).astype(np.float32), normalised_adjacency(R)
     rows = student_layer(R, z[:30], z[30:], z[:30], z[30:])

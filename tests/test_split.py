@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from sharp_distill.core import UserError
-from sharp_distill.data import from_frame, make_sample
-from sharp_distill.split import (PARTS, PROTOCOLS, Split, check_split, load_split, make_split, part_sizes, split_from_column, split_from_files,
-                                 split_from_parts)
+from sharp_distill.data.interactions import from_frame, make_sample
+from sharp_distill.data.split import (
+    PARTS, PROTOCOLS, Split, check_split, load_split, make_split, part_sizes, split_from_column,
+    split_from_files, split_from_parts)
 
 SAMPLE = make_sample(n_users=300, n_items=100)
 key = lambda d: d.user_idx * d.n_items + d.item_idx

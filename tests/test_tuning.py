@@ -5,15 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sharp_distill import tuning
+from sharp_distill.experiments import board as tuning
 from sharp_distill.core import UserError
-from sharp_distill.data import make_sample
-from sharp_distill.evaluation import evaluate
-from sharp_distill.reviews import encode_reviews
-from sharp_distill.split import make_split
-from sharp_distill.tuning import (BOARD, BoardData, Budget, Entry, board_frame, board_name, chosen, completed_trials, first_setting, missing_seeds,
-                                  put_rows, put_users, read_board, read_users, refit_row, run_board, stratum_frame, tune,
-                                  users_frame, acceptance_criteria)
+from sharp_distill.data.interactions import make_sample
+from sharp_distill.data.evaluation import evaluate
+from sharp_distill.text.reviews import encode_reviews
+from sharp_distill.data.split import make_split
+from sharp_distill.models.registry import BOARD, BoardData, Entry, board_name
+from sharp_distill.experiments.search import Budget, chosen, completed_trials, first_setting, tune
+from sharp_distill.experiments.board import (
+    acceptance_criteria, board_frame, missing_seeds, put_rows, put_users, read_board, read_users, refit_row,
+    run_board, stratum_frame, users_frame)
 
 BUDGET = Budget(n_trials=5, tune_s=600., n_seeds=2)
 MODELS = ["popularity", "ease", "ease+tfidf", "ials", "student_no_kd"]
@@ -207,7 +209,9 @@ def test_committed_tests_follow_from_the_committed_users(path):
 
 def test_a_row_of_an_older_space_is_fitted_again():
     "A board made before an option was searched says so by lacking it; it is neither an error nor a match."
-    from sharp_distill.tuning import first_setting, entry_of, missing_seeds
+    from sharp_distill.experiments.search import first_setting
+    from sharp_distill.models.registry import entry_of
+    from sharp_distill.experiments.board import missing_seeds
     now = first_setting(entry_of("lightgcn"))
     old = dict(model="lightgcn", seed=0, config={o: v for o, v in now.items() if o != "emb_dim"})
     assert missing_seeds([old], "lightgcn", now, Budget(n_seeds=2)) == [0, 1]
