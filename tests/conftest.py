@@ -1,27 +1,60 @@
-"""Two workers on two cores: one thread each, and tests that share a costly fixture stay on one worker."""
+"""Two workers on two cores: one thread each; notebooks run inside the worker, so that libraries are imported once."""
+import contextlib
 import os
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parent.parent
 if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch are imported
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(name, "1")
+os.environ.setdefault("MPLBACKEND", "agg")
+os.environ["SHARP_DISTILL_QUIET"] = "1"
+TOGETHER = ("test_grid", "test_board", "test_site")  # files whose tests share a costly fixture
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem != "test_notebooks": item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if item.path.stem in TOGETHER: item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
-@pytest.fixture(scope="module")
-def quiet(): # No progress speed_criteria
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("SHARP_DISTILL_QUIET", "1")
-        yield
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    "One cache for the whole session: what a test has trained or compiled, the next one finds."
+    if "SHARP_DISTILL_CACHE" not in os.environ:
+        os.environ["SHARP_DISTILL_CACHE"] = str(tmp_path_factory.getbasetemp().parent / "cache")
 
 
-@pytest.fixture(scope="module")
-def split(): # Five hundred readers of the generated bookshop
-    from sharp_distill.data.interactions import make_sample
-    from sharp_distill.data.split import make_split
-    return make_split(make_sample(seed=2, n_users=500), seed=0)
+@contextlib.contextmanager
+def as_it_was():
+    "Undo what a notebook does to the process: its environment, working folder, figures and registered methods."
+    import matplotlib.pyplot as plt
+    from sharp_distill.models import registry
+    from sharp_distill.plots import style
+    environ, folder, methods, styles = dict(os.environ), os.getcwd(), dict(registry._METHODS), dict(style.STYLES)
+    try: yield
+    finally:
+        os.environ.clear(); os.environ.update(environ)
+        os.chdir(folder)
+        for table, before in ((registry._METHODS, methods), (style.STYLES, styles)): table.clear(); table.update(before)
+        plt.close("all")
+
+
+def execute(path, parameters=None, folder=ROOT / "nbs"):
+    "Run a notebook in this process, its parameters replaced as papermill would; return its cells with outputs."
+    from execnb.nbio import read_nb
+    from execnb.shell import CaptureShell
+    nb = read_nb(path)
+    if parameters is not None:
+        at = next(i for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", []))
+        nb.cells[at].source += "\n" + "\n".join(f"{k} = {v!r}" for k, v in parameters.items())
+    for cell in nb.cells:
+        if cell.cell_type == "code" and "eval: false" in cell.source: cell.source = ""
+    with as_it_was():
+        os.chdir(folder)
+        shell = CaptureShell(path)
+        try: shell.run_all(nb, exc_stop=True)
+        except BaseException:
+            pytest.fail((shell.prettytb(fname=path) or "the notebook stopped")[-4000:], pytrace=False)
+    return nb.cells

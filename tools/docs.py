@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GROUPS = {"Start": r"index|15_|run$|explore", "Data": r"0[012]_", "Models": r"0[4-9]_|10_|16_", "Measurement": r"03_|1[23]_", # first match wins
-          "Use": r"\d", "Results": r""}
+GROUPS = {"Start": r"index|run$|explore", "Basics": r"0", "Data": r"1", "Text": r"2", "Models": r"3", "Serving": r"4",
+          "Experiments": r"5", "Application": r"6", "Results": r""} # heading -> names of its notebooks; the first match wins
 CONF = """
 project, html_title, copyright = "SHARP-Distill", "SHARP-Distill", "the SHARP-Distill workbook authors, MIT licence"
 extensions, root_doc, html_theme = ["myst_nb", "sphinx_copybutton"], "index", "furo"
@@ -90,10 +90,14 @@ def signature(node, lines) -> str: # The source of a definition, down to where i
     return re.sub(r"\n\s*@[^\n]*$", "", text.rstrip())
 
 
+def source_of(module: str) -> str: # "data.files"
+    return (ROOT / "sharp_distill" / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+
+
 def api(path) -> str: # Markdown of one module
     "List a module's public functions and classes with signature, parameters and a link to where they are made."
     module = module_of(path)
-    code = (ROOT / "sharp_distill" / f"{module}.py").read_text(encoding="utf-8")
+    code = source_of(module)
     parts, lines = [f"# {module}", ast.get_docstring(ast.parse(code)) or ""], code.splitlines()
     for node in ast.parse(code).body:
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"): continue
@@ -119,7 +123,7 @@ def write_sources(folder: Path):
     modules.sort(key=lambda p: p.stem)
     (folder / "api").mkdir()
     for p in modules: (folder / "api" / f"{module_of(p)}.md").write_text(api(p), encoding="utf-8")
-    rows = "\n".join(f"- [{m}]({m}.md): {ast.get_docstring(ast.parse((ROOT / 'sharp_distill' / f'{m}.py').read_text(encoding='utf-8')))}" for m in map(module_of, modules))
+    rows = "\n".join(f"- [{m}]({m}.md): {ast.get_docstring(ast.parse(source_of(m)))}" for m in map(module_of, modules))
     (folder / "api/index.md").write_text(f"# Modules\n\n{rows}\n\n```{{toctree}}\n:hidden:\n\n" + "\n".join(map(module_of, modules)) + "\n```\n", encoding="utf-8")
     if (ROOT / "nbs/figures").exists(): shutil.copytree(ROOT / "nbs/figures", folder / "figures")
     (folder / "conf.py").write_text(CONF, encoding="utf-8")

@@ -15,7 +15,7 @@ def readme() -> str:
         if cell["cell_type"] == "markdown": parts.append(source)
         elif "#| hide" not in source:
             parts += ["".join(o["data"]["text/markdown"]) for o in cell["outputs"] if "text/markdown" in o.get("data", {})]
-    text = re.sub(r"\]\(((?:figures/)?\w+\.(?:ipynb|png))\)", r"](nbs/\1)", "\n\n".join(p.strip() for p in parts)) # links as seen from the top folder
+    text = re.sub(r"\]\(((?:figures/)?[\w.]+\.(?:ipynb|png))\)", r"](nbs/\1)", "\n\n".join(p.strip() for p in parts)) # links as seen from the top folder
     return "<!-- Made from nbs/index.ipynb by tools/readme.py: do not edit. -->\n\n" + text + "\n"
 
 

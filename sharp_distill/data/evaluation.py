@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rank_topk', 'hit_matrix', 'metrics_at', 'Scorer', 'recommend_topk', 'EvalResult', 'evaluate', 'bootstrap_means',
-           'PairedTest', 'paired_test', 'holm', 'compare', 'over_splits', 'coverage', 'popularity_bias', 'restrict',
-           'popularity_groups', 'strata']
+           't_interval', 'PairedTest', 'paired_test', 'holm', 'compare', 'over_splits', 'coverage', 'popularity_bias',
+           'restrict', 'popularity_groups', 'strata']
 
 # %% ../../nbs/16_data.evaluation.ipynb #d784eadf
 from collections.abc import Callable
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
-import torch
 
 from ..core import UserError, content_sha, did_you_mean, rng
 
@@ -22,6 +21,7 @@ def _candidates(scores, # Tensor [B, I]
                 n, # Best items wanted a row
                 block=64): # Items compared by their maximum first
     "Return values and item numbers of the `n` best of each row, looking inside the `n` best blocks only."
+    import torch
     B, I = scores.shape
     if I < 4 * n * block: return scores.topk(n, dim=1)
     tail = -I % block
@@ -34,6 +34,7 @@ def _candidates(scores, # Tensor [B, I]
 # %% ../../nbs/16_data.evaluation.ipynb #890c6571
 def _first_tied(scores, threshold, k): # Tensor [B, I], [B, 1], int
     "Return the `k` best items of rows that are tied at the cut: all above it, then the tied ones of lowest number."
+    import torch
     number = torch.arange(scores.shape[1], dtype=torch.float32)
     key = torch.where(scores == threshold, -number, -torch.inf).masked_fill_(scores > threshold, 1.)
     return _candidates(key, k)[1]
@@ -41,8 +42,9 @@ def _first_tied(scores, threshold, k): # Tensor [B, I], [B, 1], int
 # %% ../../nbs/16_data.evaluation.ipynb #43d9545f
 def rank_topk(scores, # float[B, I], numpy or torch; -inf never returned
               k: int, # Items a row
-             ) -> np.ndarray: # int64[B, k], best first, ties by item number, -1 where a row has fewer than k finite scores
-    "Rank the best `k` items of each row."
+             ) -> np.ndarray: # int64[B, k], best first; -1 where a row has fewer than k finite scores
+    "Rank the best `k` items of each row, ties by item number."
+    import torch
     s = torch.as_tensor(scores).detach().cpu()
     if not 1 <= k <= s.shape[1]:
         raise UserError(f"k is {k}: expected 1 to {s.shape[1]}, the number of items in the catalogue.")
@@ -93,18 +95,19 @@ class Scorer:
     "A fitted model as the evaluation sees it: user numbers in, one row of item scores each out."
     name: str # For tables and figures
     score: Callable # user_idx int64[B] -> float32[B, I], numpy or torch
-    n_params: int = 0 # Numbers that training chose
+    n_params: int = 0 # Numbers that training chose, user rows included
     n_bytes: int = 0 # Bytes that must be stored to answer a query
     train_s: float = 0. # Seconds of fitting
     user_emb: np.ndarray | None = None # float32[U, d] when score = user_emb @ item_emb.T
     item_emb: np.ndarray | None = None # float32[I, d]
     config: dict | None = None # The options it was fitted with
     history: object = None # What its training did, epoch by epoch
+    state: object = None # A TeacherState or StudentState, where there is one
 
     def __call__(self, user_idx): return self.score(user_idx)
 
 # %% ../../nbs/16_data.evaluation.ipynb #670343d2
-def _seen(split, part): # csr [U, I] of what a user may not be shown again
+def _excluded(split, part): # csr [U, I] of what a user may not be shown again
     "Return the interactions that are masked when `part` is evaluated."
     if part == "valid": return split.train.to_csr()
     if part == "test": return (split.train.to_csr() + split.valid.to_csr()).tocsr()
@@ -113,8 +116,10 @@ def _seen(split, part): # csr [U, I] of what a user may not be shown again
 
 def _scores(score, users, n_items): # callable, int64[B], int
     "Call a scorer, check what it returned and copy it as a float tensor."
+    import torch
     s = score(users)
-    s = s.detach().to("cpu", torch.float32, copy=True) if torch.is_tensor(s) else torch.from_numpy(np.array(s, dtype=np.float32))
+    if torch.is_tensor(s): s = s.detach().to("cpu", torch.float32, copy=True)
+    else: s = torch.from_numpy(np.array(s, dtype=np.float32))
     if s.shape != (len(users), n_items):
         raise UserError(f"the scorer returned {tuple(s.shape)} for {len(users)} users: "
                         f"expected ({len(users)}, {n_items}), a score for every item.")
@@ -125,18 +130,21 @@ def _scores(score, users, n_items): # callable, int64[B], int
 # %% ../../nbs/16_data.evaluation.ipynb #4207c65e
 def recommend_topk(score, # user_idx int64[B] -> float32[B, I]
                    user_idx, # int64[n]
-                   seen, # csr [U, I], masked
-                   k: int = 20,
+                   exclude, # csr [U, I], masked
+                   k: int = 20, # Items a user
                    batch_size: int = 1024, # Users at a time; fewer when the catalogue is large
                   ) -> np.ndarray: # int64[n, k]
-    "Rank the catalogue for each user with the seen items left out."
-    n_items, out = seen.shape[1], []
+    "Rank the catalogue for each user with the excluded items left out."
+    import torch
+    n_items, out = exclude.shape[1], []
     step = max(1, min(batch_size, 2**24 // n_items)) # at most 64 MiB of scores at a time
     for at in range(0, len(user_idx), step):
         users = user_idx[at:at+step]
-        s, known = _scores(score, users, n_items), seen[users].tocoo()
-        s[torch.from_numpy(known.row.astype(np.int64)), torch.from_numpy(known.col.astype(np.int64))] = -torch.inf
+        s, masked = _scores(score, users, n_items), exclude[users].tocoo()
+        row, col = (torch.from_numpy(x.astype(np.int64)) for x in (masked.row, masked.col))
+        s[row, col] = -torch.inf
         out.append(rank_topk(s, k))
+        del s # before the next block is made
     return np.concatenate(out)
 
 # %% ../../nbs/16_data.evaluation.ipynb #1c85e3e2
@@ -147,7 +155,7 @@ class EvalResult:
     topk: np.ndarray # int64[n, K], best first, -1 for padding
     metrics: dict # "NDCG@10" -> float64[n]
     part: str # "valid" or "test"
-    split_sha: str
+    split_sha: str # Of the split
     name: str = "" # The model, for tables
 
     def values(self, name: str) -> np.ndarray: # float64[n]
@@ -188,23 +196,33 @@ def evaluate(score, # A `Scorer`, or any callable user_idx int64[B] -> float32[B
              batch_size: int = 1024, # Users at a time
             ) -> EvalResult:
     "Rank the whole catalogue for every user with held-out items and measure each user."
-    seen, truth = _seen(split, part), getattr(split, part).to_csr()
+    exclude, truth = _excluded(split, part), getattr(split, part).to_csr()
     n_relevant = np.diff(truth.indptr)
     users = np.flatnonzero(n_relevant).astype(np.int64)
     if not len(users): raise UserError(f"the {part} part is empty: expected at least one interaction to rank for.")
-    topk = recommend_topk(score, users, seen, max(ks), batch_size)
+    topk = recommend_topk(score, users, exclude, max(ks), batch_size)
     metrics = metrics_at(hit_matrix(topk, users, truth), n_relevant[users], ks)
     return EvalResult(users, topk, metrics, part, split.sha, getattr(score, "name", ""))
 
 # %% ../../nbs/16_data.evaluation.ipynb #0f734343
 def bootstrap_means(values, # float[n, m], one row a user
                     n_boot: int = 1000, # Resamples of the users
-                    seed: int = 0,
+                    seed: int = 0, # Draws them
                    ) -> np.ndarray: # float64[n_boot, m]
     "Return the column means of `n_boot` resamples of the rows."
     n, random = len(values), rng(seed, "bootstrap")
     counts = np.stack([np.bincount(random.integers(0, n, n), minlength=n) for _ in range(n_boot)]).astype(np.float32)
     return counts.astype(np.float64) @ np.asarray(values, np.float64) / n
+
+# %% ../../nbs/16_data.evaluation.ipynb #7a8b9c12
+def t_interval(values, # Numbers, one a seed or split
+              ) -> tuple: # (mean, low, high); nan for the ends of a single value
+    "Return the mean of a few values and its 95 % t interval."
+    from scipy.stats import t
+    x = np.asarray(values, dtype=np.float64)
+    if len(x) < 2: return float(x.mean()), np.nan, np.nan
+    half = t.ppf(.975, len(x) - 1) * x.std(ddof=1) / len(x) ** .5
+    return float(x.mean()), float(x.mean() - half), float(x.mean() + half)
 
 # %% ../../nbs/16_data.evaluation.ipynb #ea18b6a3
 @dataclass(frozen=True)
@@ -220,10 +238,11 @@ class PairedTest:
     wins: int # Users where a > b
     losses: int # Users where a < b
 
-# %% ../../nbs/16_data.evaluation.ipynb #41f2f57c
+
 def paired_test(a, b, # Two `EvalResult`s of one part of one split
                 name: str = "NDCG@10", # Metric
-                n_boot: int = 1000, seed: int = 0) -> PairedTest:
+                n_boot: int = 1000, seed: int = 0, # Of the bootstrap
+               ) -> PairedTest:
     "Test whether two models differ, user by user."
     from scipy.stats import ttest_1samp
     if (a.split_sha, a.part) != (b.split_sha, b.part) or not np.array_equal(a.user_idx, b.user_idx):
@@ -251,12 +270,15 @@ def holm(pvalues): # A sequence, or a dictionary name -> p
 def compare(results: dict, # Model name -> EvalResult
             against: str, # The model all others are compared with
             name: str = "NDCG@10", # Metric
-            n_boot: int = 1000, seed: int = 0):
-    "Return a table: mean, interval, and the paired test of each model against one, corrected by Holm."
+            n_boot: int = 1000, seed: int = 0, # Of the bootstrap
+           ): # DataFrame, one row a model
+    "Compare each model with one: mean, interval, and the paired test corrected by Holm."
     import pandas as pd
     if against not in results:
-        raise UserError(f"{against!r} has no result: expected one of {', '.join(results)}.{did_you_mean(against, results)}")
-    rows = {m: dict(zip(("mean", "low", "high"), (r.mean(name), *r.ci95(name, n_boot, seed)))) for m, r in results.items()}
+        raise UserError(f"{against!r} has no result: expected one of {', '.join(results)}."
+                        f"{did_you_mean(against, results)}")
+    ends = {m: r.ci95(name, n_boot, seed) for m, r in results.items()}
+    rows = {m: dict(mean=r.mean(name), low=ends[m][0], high=ends[m][1]) for m, r in results.items()}
     tests = {m: paired_test(r, results[against], name, n_boot, seed) for m, r in results.items() if m != against}
     corrected = holm({m: t.p for m, t in tests.items()})
     for m, t in tests.items():
@@ -266,8 +288,9 @@ def compare(results: dict, # Model name -> EvalResult
 
 # %% ../../nbs/16_data.evaluation.ipynb #e15c0002
 def over_splits(results: list, # `EvalResult`s of one model on several splits
-                name: str = "NDCG@10") -> EvalResult: # Metric
-    "Average a model's results over splits, user by user; a user counts where a split tests her."
+                name: str = "NDCG@10", # Metric
+               ) -> EvalResult: # Without lists
+    "Average a model's results over splits, user by user; a user counts where a split tests them."
     import pandas as pd
     each = pd.concat([pd.Series(r.values(name), r.user_idx) for r in results], axis=1).mean(axis=1).sort_index()
     return EvalResult(each.index.to_numpy(), np.empty((len(each), 0), np.int64), {name: each.to_numpy()},
@@ -275,14 +298,15 @@ def over_splits(results: list, # `EvalResult`s of one model on several splits
 
 # %% ../../nbs/16_data.evaluation.ipynb #e440c9e4
 def _exposure(result, n_items, k): # How often each item stands in a top-k list
-    if not 1 <= k <= result.topk.shape[1]: raise UserError(f"k is {k}: the result holds lists of {result.topk.shape[1]} items.")
+    longest = result.topk.shape[1]
+    if not 1 <= k <= longest: raise UserError(f"k is {k}: expected 1 to {longest}, the length of the lists.")
     shown = result.topk[:, :k]
     return np.bincount(shown[shown >= 0], minlength=n_items)
 
 
 def coverage(result, # EvalResult
              split, # Split
-             k: int = 10,
+             k: int = 10, # Items a user
             ) -> float: # 0 to 1
     "Return the share of the catalogue that is recommended to somebody."
     return float((_exposure(result, split.n_items, k) > 0).mean())
@@ -290,7 +314,7 @@ def coverage(result, # EvalResult
 # %% ../../nbs/16_data.evaluation.ipynb #5d82f33e
 def popularity_bias(result, # EvalResult
                     split, # Split
-                    k: int = 10,
+                    k: int = 10, # Items a user
                    ) -> dict: # "coverage@10", "ARP@10", "lift@10", "gini@10"
     "Measure how much the lists lean on popular items."
     shown, R = _exposure(result, split.n_items, k), split.train.to_csr()
@@ -313,13 +337,15 @@ def restrict(result, # EvalResult
     truth.eliminate_zeros()
     n_relevant = np.diff(truth.indptr)[result.user_idx]
     rows, ks = n_relevant > 0, sorted({int(m.split("@")[1]) for m in result.metrics})
-    user_idx, topk, metrics = result.user_idx[rows], result.topk[rows], {m: np.zeros(0) for m in result.metrics}
+    user_idx, topk = result.user_idx[rows], result.topk[rows]
+    metrics = {m: np.zeros(0) for m in result.metrics}
     if rows.any(): metrics = metrics_at(hit_matrix(topk, user_idx, truth), n_relevant[rows], ks)
     return EvalResult(user_idx, topk, metrics, result.part, result.split_sha, result.name)
 
 # %% ../../nbs/16_data.evaluation.ipynb #928c6afc
-def popularity_groups(n_train): # int[n], train interactions of each user or item
-    "Name the group of each row: cold (0), 1-2, then tail, middle and head with a third of the interactions each."
+def popularity_groups(n_train, # int[n], train interactions of each user or item
+                     ) -> np.ndarray: # object[n]: "0 (cold)", "1-2", "tail", "middle" or "head"
+    "Name the group of each row; tail, middle and head hold a third of the interactions each."
     n = np.asarray(n_train)
     order = np.argsort(n, kind="stable")
     mass = np.empty(len(n))
@@ -331,8 +357,10 @@ def popularity_groups(n_train): # int[n], train interactions of each user or ite
 def strata(result, # EvalResult
            split, # Split
            by: str = "user", # "user" or "item": by their number of train interactions
-           name: str = "NDCG@10", n_boot: int = 1000):
-    "Return one metric for each group of users or items, with its interval."
+           name: str = "NDCG@10", # Metric
+           n_boot: int = 1000, # Resamples of the users
+          ): # DataFrame, one row a group
+    "Measure each group of users or items, with its interval."
     import pandas as pd
     if by not in ("user", "item"): raise UserError(f"by is {by!r}: expected 'user' or 'item'.")
     n_train = np.asarray(split.train.to_csr().sum(1 if by == "user" else 0)).ravel()

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROW_COLUMNS', 'CleaningStep', 'Interactions', 'add_step', 'number_ids', 'from_frame', 'drop_duplicates', 'keep_rows',
-           'keep_ratings', 'keep_texts', 'core_mask', 'k_core', 'compact', 'CleanConfig', 'cut_texts', 'draw_users',
-           'clean', 'provenance_frame', 'make_sample', 'make_scale', 'read_interactions', 'load_interactions',
-           'is_path', 'word_counts', 'data_card', 'show_card', 'tail_frame', 'length_frame', 'time_frame']
+           'keep_ratings', 'keep_texts', 'core_mask', 'compact', 'k_core', 'cut_texts', 'draw_users', 'CleanConfig',
+           'clean', 'provenance_frame', 'make_sample', 'make_scale', 'read_interactions', 'is_path',
+           'load_interactions', 'word_counts', 'data_card', 'show_card', 'tail_frame', 'length_frame', 'rating_counts',
+           'time_frame']
 
 # %% ../../nbs/14_data.interactions.ipynb #880312fc
 import os
@@ -21,7 +22,7 @@ from scipy import sparse
 from ..core import Config, UserError, content_sha, option, rng
 from .columns import ENCODING_HELP, Faults, pick_columns, tidy
 from .files import read_table
-from .sources import fetch, find_source
+from .sources import fetch, find_source, local_files
 from .synthetic import make_graph, sample_frame, scale_counts
 
 # %% ../../nbs/14_data.interactions.ipynb #0f8c5cfb
@@ -32,12 +33,12 @@ class CleaningStep:
     users: int # Users with a row afterwards
     items: int # Items with a row afterwards
     rows: int # Rows afterwards
-    note: str = "" # What a user should know about it
+    note: str = "" # What else there is to know
 
 # %% ../../nbs/14_data.interactions.ipynb #a959cd3c
 @dataclass(frozen=True, eq=False, repr=False)
 class Interactions:
-    "Who met what, when, and said what: arrays of one length, with ids as text."
+    "Who chose what, when, and said what: arrays of one length, with ids as text."
     user_idx: np.ndarray # int64[n], 0 .. n_users-1
     item_idx: np.ndarray # int64[n], 0 .. n_items-1
     rating: np.ndarray # float32[n]
@@ -58,8 +59,9 @@ class Interactions:
     @cached_property
     def sha(self) -> str: # 16 hexadecimal digits
         "Hash the content: ids, rows, ratings, times and texts."
-        blocks = [content_sha(self.review[i:i + 50_000]) for i in range(0, len(self), 50_000)]
-        return content_sha(self.user_idx, self.item_idx, self.rating, self.timestamp, blocks, self.user_ids, self.item_ids)
+        texts = [content_sha(self.review[i:i + 50_000]) for i in range(0, len(self), 50_000)]
+        rows = (self.user_idx, self.item_idx, self.rating, self.timestamp, texts)
+        return content_sha(*rows, self.user_ids, self.item_ids)
 
     def take(self, rows): # Boolean mask [n] or row numbers
         "Return some of the rows, on the same vocabulary."
@@ -81,43 +83,28 @@ class Interactions:
 ROW_COLUMNS = ("user_idx", "item_idx", "rating", "timestamp", "review")
 
 # %% ../../nbs/14_data.interactions.ipynb #de2cc321
-def add_step(data: Interactions, name: str, note: str = "") -> Interactions:
+def add_step(data: Interactions, # After the step
+             name: str, # What was done
+             note: str = "", # What else there is to know
+            ) -> Interactions: # With one more step
     "Append a step to the provenance, with the counts as they are now."
     users, items = (int((np.bincount(x) > 0).sum()) for x in (data.user_idx, data.item_idx))
     return replace(data, provenance=(*data.provenance, CleaningStep(name, users, items, len(data), note)))
 
 # %% ../../nbs/14_data.interactions.ipynb #c68d44fa
-def number_ids(column: pd.Series): # int64[n] numbers with -1 for missing; object[m] sorted ids
+def number_ids(column: pd.Series, # [n] ids, text or categories
+              ): # int64[n] numbers with -1 for missing; object[m] sorted ids
     "Number ids by their sorted order."
-    if isinstance(column.dtype, pd.CategoricalDtype): codes, ids = column.cat.codes.to_numpy(np.int64), column.cat.categories.to_numpy(object)
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        codes, ids = column.cat.codes.to_numpy(np.int64), column.cat.categories.to_numpy(object)
     else: codes, ids = pd.factorize(column.astype(object))
     used = np.zeros(len(ids), bool)
     used[codes[codes >= 0]] = True
-    order = np.flatnonzero(used)[np.argsort(ids[used].astype(str), kind="stable")] if used.any() else np.array([], int)
+    order = np.flatnonzero(used)
+    order = order[np.argsort(ids[order].astype(str), kind="stable")] if len(order) else order
     rank = np.full(len(ids) + 1, -1)
     rank[order] = np.arange(len(order))
     return rank[codes], np.array([str(i) for i in ids[order]], dtype=object)
-
-# %% ../../nbs/14_data.interactions.ipynb #72451ce5
-def from_frame(df: pd.DataFrame, # One row an interaction
-               source: str = "table", # Where it came from, for the provenance
-               columns: dict = None, # Our name -> its column, where not recognised
-               titles: dict = None, # Item id -> title
-               bad_rows: str = "error", # What a row with an unreadable rating or time means; or "skip"
-              ) -> Interactions: # Sorted by user, time, item; repeated pairs are still there
-    "Make interactions from a table."
-    names, faults = pick_columns(list(df.columns), columns), Faults(bad_rows == "skip")
-    table = tidy(df.reset_index(drop=True), names, faults)
-    n, table = len(table), table[table["user_id"].notna() & table["item_id"].notna()]
-    if not len(table): raise UserError(f"{source} has no row with both a user and an item.")
-    (u, user_ids), (i, item_ids) = number_ids(table["user_id"]), number_ids(table["item_id"])
-    column = lambda name, dtype, default: table[name].to_numpy(dtype) if name in table else np.full(len(table), default, dtype)
-    when = column("timestamp", np.int64, -1)
-    order = np.lexsort((i, when, u))
-    rating, review = column("rating", np.float32, 1), column("review", object, "")
-    data = Interactions(u[order], i[order], rating[order], when[order], review[order],
-                        user_ids, item_ids, _titles(table, i, item_ids, titles))
-    return add_step(data, "read", _read_note(source, n - len(table), faults, names))
 
 # %% ../../nbs/14_data.interactions.ipynb #89c888e5
 def _titles(table, item_idx, item_ids, titles): # object[I] or None
@@ -139,29 +126,58 @@ def _read_note(source, n_missing, faults, names):
     if "review" not in names: notes.append("no reviews")
     return "; ".join(notes)
 
+# %% ../../nbs/14_data.interactions.ipynb #72451ce5
+def from_frame(df: pd.DataFrame, # One row an interaction
+               source: str = "table", # Where it came from, for the provenance
+               columns: dict = None, # Our name -> its column, where not recognised
+               titles: dict = None, # Item id -> title
+               bad_rows: str = "error", # What a row with an unreadable rating or time means; or "skip"
+              ) -> Interactions: # Sorted by user, time, item; repeated pairs are still there
+    "Make interactions from a table."
+    names, faults = pick_columns(list(df.columns), columns), Faults(bad_rows == "skip")
+    table = tidy(df.reset_index(drop=True), names, faults)
+    n, table = len(table), table[table["user_id"].notna() & table["item_id"].notna()]
+    if not len(table): raise UserError(f"{source} has no row with both a user and an item.")
+    (u, user_ids), (i, item_ids) = number_ids(table["user_id"]), number_ids(table["item_id"])
+    def column(name, dtype, default):
+        return table[name].to_numpy(dtype) if name in table else np.full(len(table), default, dtype)
+    when = column("timestamp", np.int64, -1)
+    order = np.lexsort((i, when, u))
+    rating, review = column("rating", np.float32, 1), column("review", object, "")
+    data = Interactions(u[order], i[order], rating[order], when[order], review[order],
+                        user_ids, item_ids, _titles(table, i, item_ids, titles))
+    return add_step(data, "read", _read_note(source, n - len(table), faults, names))
+
 # %% ../../nbs/14_data.interactions.ipynb #50ecd154
-def drop_duplicates(data: Interactions, keep: str = "last") -> Interactions: # "last" or "first" in time
+def drop_duplicates(data: Interactions, # Sorted by time within each user
+                    keep: str = "last", # "last" or "first" in time
+                   ) -> Interactions: # No pair twice
     "Keep one row of each pair of user and item."
     pair = data.user_idx * data.n_items + data.item_idx
     first = np.unique(pair if keep == "first" else pair[::-1], return_index=True)[1]
     rows = np.sort(first if keep == "first" else len(pair) - 1 - first)
     if len(rows) == len(data): return data
-    return add_step(data.take(rows), "one row a pair", f"the {keep} of each; repeats left out: {len(data) - len(rows):,}")
+    note = f"the {keep} of each; repeats left out: {len(data) - len(rows):,}"
+    return add_step(data.take(rows), "one row a pair", note)
 
 # %% ../../nbs/14_data.interactions.ipynb #17e8ae89
-def keep_rows(data: Interactions, keep: np.ndarray, name: str, note: str = "") -> Interactions:
+def keep_rows(data: Interactions, # Before the step
+              keep: np.ndarray, # bool[n]
+              name: str, note: str = "", # Of the step
+             ) -> Interactions: # On the same vocabulary
     "Keep the rows of a mask as a named step; refuse to lose all."
     if keep.all(): return data
-    if not keep.any(): raise UserError(f"{name!r} leaves nothing of {len(data):,} rows{'; ' + note if note else ''}.")
+    if not keep.any():
+        raise UserError(f"{name!r} leaves nothing of {len(data):,} rows{'; ' + note if note else ''}.")
     return add_step(data.take(keep), name, note)
 
 # %% ../../nbs/14_data.interactions.ipynb #53d91025
 def keep_ratings(data, min_rating: float): # Lowest rating that counts as liking
     "Leave out rows that are rated too low."
-    return keep_rows(data, data.rating >= min_rating, f"rating >= {min_rating:g}",
-        f"ratings go from {data.rating.min():g} to {data.rating.max():g}")
+    note = f"ratings go from {data.rating.min():g} to {data.rating.max():g}"
+    return keep_rows(data, data.rating >= min_rating, f"rating >= {min_rating:g}", note)
 
-# %% ../../nbs/14_data.interactions.ipynb #1205a354
+
 def keep_texts(data):
     "Leave out rows without a text."
     return keep_rows(data, np.array([bool(t.strip()) for t in data.review]), "with text")
@@ -176,16 +192,6 @@ def core_mask(user_idx, item_idx, k: int) -> np.ndarray: # bool[n]
         if left.sum() == keep.sum(): return left
         keep = left
 
-# %% ../../nbs/14_data.interactions.ipynb #741c9433
-def k_core(data: Interactions, k: int) -> Interactions: # Each user and item has at least k rows
-    "Keep the k-core, or say which smaller k would leave something."
-    keep = core_mask(data.user_idx, data.item_idx, k)
-    if keep.any(): return compact(keep_rows(data, keep, f"{k}-core", "until nothing changes"))
-    left = {j: int(core_mask(data.user_idx, data.item_idx, j).sum()) for j in range(1, k)}
-    good = {j: n for j, n in left.items() if n}
-    counts = ", ".join(f"k={j} leaves {n:,}" for j, n in list(good.items())[-4:])
-    raise UserError(f"the {k}-core of {len(data):,} rows is empty; {counts}. The nearest good choice is k_core={max(good)}.")
-
 # %% ../../nbs/14_data.interactions.ipynb #ec53fa23
 def compact(data: Interactions) -> Interactions:
     "Take users and items without a row out of the vocabulary."
@@ -193,7 +199,42 @@ def compact(data: Interactions) -> Interactions:
     items, i = np.unique(data.item_idx, return_inverse=True)
     if len(users) == data.n_users and len(items) == data.n_items: return data
     titles = None if data.item_titles is None else data.item_titles[items]
-    return replace(data, user_idx=u, item_idx=i, user_ids=data.user_ids[users], item_ids=data.item_ids[items], item_titles=titles)
+    return replace(data, user_idx=u, item_idx=i, user_ids=data.user_ids[users], item_ids=data.item_ids[items],
+                   item_titles=titles)
+
+# %% ../../nbs/14_data.interactions.ipynb #741c9433
+def k_core(data: Interactions, k: int) -> Interactions: # Each user and item has at least k rows
+    "Keep the k-core, or name the smaller k that would leave something."
+    keep = core_mask(data.user_idx, data.item_idx, k)
+    if keep.any(): return compact(keep_rows(data, keep, f"{k}-core", "until nothing changes"))
+    left = {j: int(core_mask(data.user_idx, data.item_idx, j).sum()) for j in range(1, k)}
+    good = {j: n for j, n in left.items() if n}
+    counts = ", ".join(f"k={j} leaves {n:,}" for j, n in list(good.items())[-4:])
+    raise UserError(f"the {k}-core of {len(data):,} rows is empty; {counts}. "
+                    f"The nearest good choice is k_core={max(good)}.")
+
+# %% ../../nbs/14_data.interactions.ipynb #c0651987
+def cut_texts(data: Interactions,
+              max_chars: int, # Characters that stay
+             ) -> Interactions:
+    "Cut reviews that are too long."
+    long = np.array([len(t) > max_chars for t in data.review])
+    if not long.any(): return data
+    texts = data.review.copy()
+    for row in np.flatnonzero(long): texts[row] = texts[row][:max_chars]
+    name, note = f"texts cut at {max_chars:,} characters", f"{long.sum():,} were longer"
+    return add_step(replace(data, review=texts), name, note)
+
+
+def draw_users(data: Interactions,
+               n_users: int, # That stay
+               seed: int = 0, # Draws them
+              ) -> Interactions:
+    "Keep all rows of some users, drawn at random."
+    if n_users >= data.n_users: return data
+    chosen = np.zeros(data.n_users, bool)
+    chosen[rng(seed, "draw users").permutation(data.n_users)[:n_users]] = True
+    return compact(keep_rows(data, chosen[data.user_idx], f"{n_users:,} users drawn", f"seed {seed}"))
 
 # %% ../../nbs/14_data.interactions.ipynb #2888e920
 @dataclass(frozen=True)
@@ -204,27 +245,10 @@ class CleanConfig(Config):
     empty_text: str = option("keep", "rows without a text", choices=("keep", "drop"))
     max_chars: int = option(0, "cut longer reviews; 0 keeps them whole", lo=0)
     n_users: int = option(0, "draw so many users at random; 0 keeps all", lo=0)
-    k_core: int = option(0, "least rows a user and an item must have; 0 means 5 for published sets and 1 for other files", lo=0)
+    k_core: int = option(0, "least rows a user and an item must have; 0: 5 for published sets, 1 for other files", lo=0)
     bad_rows: str = option("error", "a row that cannot be read", choices=("error", "skip"))
     encoding: str = option("utf-8", ENCODING_HELP)
     seed: int = option(0, "draws the users", lo=0)
-
-# %% ../../nbs/14_data.interactions.ipynb #c0651987
-def cut_texts(data: Interactions, max_chars: int) -> Interactions:
-    "Cut reviews that are too long."
-    long = np.array([len(t) > max_chars for t in data.review])
-    if not long.any(): return data
-    texts = data.review.copy()
-    for row in np.flatnonzero(long): texts[row] = texts[row][:max_chars]
-    return add_step(replace(data, review=texts), f"texts cut at {max_chars:,} characters", f"{long.sum():,} were longer")
-
-# %% ../../nbs/14_data.interactions.ipynb #0fca1926
-def draw_users(data: Interactions, n_users: int, seed: int = 0) -> Interactions:
-    "Keep all rows of some users, drawn at random."
-    if n_users >= data.n_users: return data
-    chosen = np.zeros(data.n_users, bool)
-    chosen[rng(seed, "draw users").permutation(data.n_users)[:n_users]] = True
-    return compact(keep_rows(data, chosen[data.user_idx], f"{n_users:,} users drawn", f"seed {seed}"))
 
 # %% ../../nbs/14_data.interactions.ipynb #bbbe69f2
 def clean(data: Interactions, cfg: CleanConfig = CleanConfig()) -> Interactions: # Each step in the provenance
@@ -243,8 +267,8 @@ def provenance_frame(data: Interactions) -> pd.DataFrame: # One row a step
 
 # %% ../../nbs/14_data.interactions.ipynb #8e867752
 def make_sample(seed: int = 0, # Draws everything
-                n_users: int = 2000, # Users
-                n_items: int = 700, # Books
+                n_users: int = 1200, # Users
+                n_items: int = 500, # Books
                 rows_per_user: float = 20, # Mean purchases, before new books are thinned out
                ) -> Interactions: # With titles and reviews
     "Make the bookshop that the workbook carries with it."
@@ -258,33 +282,42 @@ def make_scale(name: str = "amazon_cds", # One of the paper's five
     "Make a graph with the size and the tails of one of the paper's data sets."
     n_users, n_items, n = scale_counts(name, fraction)
     u, i = make_graph(n_users, n_items, n, seed)
-    ids = [np.array([f"{letter}{j:06d}" for j in range(m)], dtype=object) for letter, m in (("u", n_users), ("i", n_items))]
-    u, i = u.astype(np.int64), i.astype(np.int64)
+    ids = [np.array([f"{letter}{j:06d}" for j in range(m)], object) for letter, m in (("u", n_users), ("i", n_items))]
     data = Interactions(u, i, np.ones(n, np.float32), np.full(n, -1), np.full(n, "", object), *ids)
     return add_step(data, "made", f"a graph like {name}, {fraction:g} of its size, seed {seed}")
 
 # %% ../../nbs/14_data.interactions.ipynb #d7cc8617
 def read_interactions(path, # Any format that `read_table` knows
-                      columns: dict = None, # Our name -> the file's, where not recognised
+                      columns=None, # Our name -> the file's, where not recognised
                       items=None, # A file with the names of the items
                       bad_rows: str = "error", # Or "skip"
                       encoding: str = "utf-8", # Of a text table
                      ) -> Interactions: # Not cleaned
     "Read a file of reviews."
     raw = read_table(path, columns, encoding=encoding, bad_rows=bad_rows, items=items)
-    excluded = f"; bad rows left out: {raw.faults.count:,}, the first is {raw.faults.first}" if raw.faults.count else ""
-    return from_frame(raw.frame, Path(path).name + excluded, titles=raw.titles)
+    left_out = f"; bad rows left out: {raw.faults.count:,}, the first is {raw.faults.first}" if raw.faults.count else ""
+    return from_frame(raw.frame, Path(path).name + left_out, titles=raw.titles)
+
+# %% ../../nbs/14_data.interactions.ipynb #88beb4ba
+def is_path(dataset, # A name or a path
+           ) -> bool:
+    "Say whether a person means a file rather than a name."
+    text = str(dataset)
+    if os.sep in text or "/" in text or Path(text).is_file(): return True
+    return bool(Path(text).suffix) and text not in local_files()
 
 # %% ../../nbs/14_data.interactions.ipynb #867c98b3
 def load_interactions(dataset="sample", # "sample", a path, a name, or a table in memory
-                      columns=None, # Our name -> the file's, where not recognised; as text: "user_id=customer,item_id=product"
+                      columns=None, # Our name -> the file's, where not recognised: "user_id=customer,item_id=product"
                       items=None, # A file with the names of the items
                       **options, # Of `CleanConfig`
                      ) -> Interactions: # Cleaned
     "Find, read and clean a data set."
     cfg = CleanConfig.from_dict(options)
     if isinstance(dataset, pd.DataFrame):
-        if items is not None: raise UserError("items= goes with a file: for a table in memory give its titles to `from_frame(table, titles={item: title})`.")
+        if items is not None:
+            raise UserError("items= goes with a file: for a table in memory give its titles to "
+                            "`from_frame(table, titles={item: title})`.")
         return clean(from_frame(dataset, columns=columns, bad_rows=cfg.bad_rows), cfg)
     named = find_source(str(dataset))
     if dataset == "sample": data = make_sample()
@@ -293,12 +326,6 @@ def load_interactions(dataset="sample", # "sample", a path, a name, or a table i
         path = Path(dataset).expanduser() if is_path(dataset) else fetch(str(dataset))
         data = read_interactions(path, columns, items, cfg.bad_rows, cfg.encoding)
     return clean(data, cfg.replace(k_core=cfg.k_core or (named.k_core if named else 1)))
-
-# %% ../../nbs/14_data.interactions.ipynb #88beb4ba
-def is_path(dataset) -> bool:
-    "Say whether a person means a file rather than a name."
-    text = str(dataset)
-    return os.sep in text or "/" in text or bool(Path(text).suffix) or (Path(text).is_file())
 
 # %% ../../nbs/14_data.interactions.ipynb #6fb3b435
 def _tail_facts(name, counts):
@@ -313,14 +340,15 @@ def word_counts(data: Interactions) -> np.ndarray: # int64[n]
     "Count the words of each review."
     return np.array([len(t.split()) for t in data.review], dtype=np.int64)
 
-# %% ../../nbs/14_data.interactions.ipynb #8ccc3f59
+
 def _day(seconds): return str(np.datetime64(int(seconds), "s").astype("datetime64[D]"))
 
 # %% ../../nbs/14_data.interactions.ipynb #b305eac7
 def data_card(data: Interactions, name: str = "data") -> pd.DataFrame: # One column of facts
     "Describe a data set in one column."
     words, known = word_counts(data), data.timestamp[data.timestamp >= 0]
-    card = dict(users=data.n_users, items=data.n_items, rows=len(data), density=len(data) / (data.n_users * data.n_items))
+    density = len(data) / (data.n_users * data.n_items)
+    card = dict(users=data.n_users, items=data.n_items, rows=len(data), density=density)
     card |= _tail_facts("user", np.bincount(data.user_idx)) | _tail_facts("item", np.bincount(data.item_idx))
     card |= {"rows with text": (words > 0).mean(), "words, median": float(np.median(words)),
              "words, 90 %": float(np.quantile(words, .9)), "words, most": int(words.max()),
@@ -329,9 +357,11 @@ def data_card(data: Interactions, name: str = "data") -> pd.DataFrame: # One col
     return pd.DataFrame({name: card | {"sha": data.sha}}, dtype=object)
 
 # %% ../../nbs/14_data.interactions.ipynb #9f35f023
-def show_card(card: pd.DataFrame): # Styled for the notebook
+def show_card(card: pd.DataFrame, # From `data_card`, or several beside each other
+             ) -> pd.DataFrame: # Of text
     "Round a data card for the eye."
-    return card.map(lambda v: f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, (int, np.integer)) else v)
+    def rounded(v): return f"{v:,.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, (int, np.integer)) else v
+    return card.map(rounded)
 
 # %% ../../nbs/14_data.interactions.ipynb #e5ebc064
 def tail_frame(data: Interactions) -> pd.DataFrame: # side, place in % from the busiest, rows
@@ -352,8 +382,14 @@ def length_frame(data: Interactions) -> pd.DataFrame: # words (upper edge of the
     return pd.DataFrame(dict(words=np.append(0, edges[:-1]), rows=rows))
 
 # %% ../../nbs/14_data.interactions.ipynb #c7409b96
-def time_frame(data: Interactions) -> pd.Series: # Rows by month
+def rating_counts(data: Interactions) -> pd.Series: # Rating -> rows
+    "Count rows by rating."
+    return pd.Series(data.rating).value_counts().sort_index()
+
+
+def time_frame(data: Interactions) -> pd.Series: # Month -> rows
     "Count rows by month, months without a row included."
     when = data.timestamp[data.timestamp >= 0]
     months = pd.Series(pd.to_datetime(when, unit="s")).dt.to_period("M").value_counts().sort_index()
-    return months.reindex(pd.period_range(months.index[0], months.index[-1], freq="M"), fill_value=0) if len(months) else months
+    if not len(months): return months
+    return months.reindex(pd.period_range(months.index[0], months.index[-1], freq="M"), fill_value=0)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'CATEGORIES', 'PAGES', 'BASES', 'CITE', 'YELP', 'ENDINGS', 'Source', 'amazon_source', 'find_source',
-           'known_names', 'data_folders', 'bare_name', 'local_files', 'find_local', 'datasets', 'cached_path',
-           'is_cached', 'is_offline', 'download', 'fetch', 'unknown_name', 'fetch_titles']
+           'known_names', 'bare_name', 'data_folders', 'local_files', 'find_local', 'cached_path', 'datasets',
+           'is_offline', 'download', 'unknown_name', 'fetch', 'fetch_titles']
 
 # %% ../../nbs/12_data.sources.ipynb #00754370
 import hashlib
@@ -20,27 +20,32 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import UserError, cache_dir, cache_root, did_you_mean, progress, read_json, write_json
-from ..paper import PAPER_COUNTS, PUBLISHED_COUNTS
 from .files import open_bytes, sniff
+from ..paper import PAPER_SIZES, PUBLISHED_COUNTS
 
 # %% ../../nbs/12_data.sources.ipynb #bb9531cb
 SHORT = {"cds": "CDs_and_Vinyl", "cellphones": "Cell_Phones_and_Accessories", "sports": "Sports_and_Outdoors",
-    "clothing": "Clothing_Shoes_and_Jewelry",
-         "toys": "Toys_and_Games", "home": "Home_and_Kitchen", "movies": "Movies_and_TV", "office": "Office_Products", "games": "Video_Games"}
-_COMMON = ("Automotive Books CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music Electronics Grocery_and_Gourmet_Food "
-           "Home_and_Kitchen Kindle_Store Movies_and_TV Musical_Instruments Office_Products Patio_Lawn_and_Garden Pet_Supplies "
-           "Sports_and_Outdoors Tools_and_Home_Improvement Toys_and_Games Video_Games ")
+         "clothing": "Clothing_Shoes_and_Jewelry", "toys": "Toys_and_Games", "home": "Home_and_Kitchen",
+         "movies": "Movies_and_TV", "office": "Office_Products", "games": "Video_Games"}
+_COMMON = ("Automotive Books CDs_and_Vinyl Cell_Phones_and_Accessories Clothing_Shoes_and_Jewelry Digital_Music "
+           "Electronics Grocery_and_Gourmet_Food Home_and_Kitchen Kindle_Store Movies_and_TV Musical_Instruments "
+           "Office_Products Patio_Lawn_and_Garden Pet_Supplies Sports_and_Outdoors Tools_and_Home_Improvement "
+           "Toys_and_Games Video_Games ")
 CATEGORIES = {
     2014: (_COMMON + "Amazon_Instant_Video Apps_for_Android Baby Beauty Health_and_Personal_Care").split(),
-    2018: (_COMMON + "AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Gift_Cards Industrial_and_Scientific Luxury_Beauty "
-           "Magazine_Subscriptions Prime_Pantry Software").split(),
-    2023: (_COMMON + "All_Beauty Amazon_Fashion Appliances Arts_Crafts_and_Sewing Baby_Products Beauty_and_Personal_Care Gift_Cards Handmade_Products "
-           "Health_and_Household Health_and_Personal_Care Industrial_and_Scientific Magazine_Subscriptions Software Subscription_Boxes Unknown").split()}
-PAGES = {2014: "https://jmcauley.ucsd.edu/data/amazon/index_2014.html", 2018: "https://nijianmo.github.io/amazon/",
-    2023: "https://amazon-reviews-2023.github.io/"}
+    2018: (_COMMON + "AMAZON_FASHION All_Beauty Appliances Arts_Crafts_and_Sewing Gift_Cards "
+           "Industrial_and_Scientific Luxury_Beauty Magazine_Subscriptions Prime_Pantry Software").split(),
+    2023: (_COMMON + "All_Beauty Amazon_Fashion Appliances Arts_Crafts_and_Sewing Baby_Products "
+           "Beauty_and_Personal_Care Gift_Cards Handmade_Products Health_and_Household Health_and_Personal_Care "
+           "Industrial_and_Scientific Magazine_Subscriptions Software Subscription_Boxes Unknown").split()}
+PAGES = {2014: "https://jmcauley.ucsd.edu/data/amazon/index_2014.html",
+         2018: "https://nijianmo.github.io/amazon/",
+         2023: "https://amazon-reviews-2023.github.io/"}
 BASES = {2014: "http://snap.stanford.edu/data/amazon/productGraph/categoryFiles/",
-    2018: "https://jmcauley.ucsd.edu/data/amazon_v2/",
+         2018: "https://jmcauley.ucsd.edu/data/amazon_v2/",
          2023: "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/raw/"}
+CITE = {2014: "McAuley, Targett, Shi, van den Hengel, SIGIR 2015", 2018: "Ni, Li, McAuley, EMNLP 2019",
+        2023: "Hou, Li, He, Yan, Chen, McAuley, arXiv 2403.03952"}
 
 # %% ../../nbs/12_data.sources.ipynb #f7d327ef
 @dataclass(frozen=True)
@@ -52,20 +57,23 @@ class Source:
     files: tuple = () # Names the publisher gives the file
     meta_url: str = "" # File with the names of the items
     k_core: int = 5 # Least rows a user and an item must have, unless said otherwise
-    sha256: str = "" # Where the publisher states one
     licence: str = "" # What the publisher says about use
     cite: str = "" # Whom to cite
 
-# %% ../../nbs/12_data.sources.ipynb #21393945
-CITE = {2014: "McAuley, Targett, Shi, van den Hengel, SIGIR 2015", 2018: "Ni, Li, McAuley, EMNLP 2019",
-        2023: "Hou, Li, He, Yan, Chen, McAuley, arXiv 2403.03952"}
+# %% ../../nbs/12_data.sources.ipynb #2e138f0c
+YELP = Source("yelp", page="https://business.yelp.com/data/resources/open-dataset/",
+              files=("yelp_academic_dataset_review.json", "yelp_dataset.tar", "yelp_dataset.tgz", "Yelp-JSON.zip"),
+              licence="Yelp Dataset Terms of Use; academic use, a person must agree", cite="Yelp Open Dataset")
 
 
-def amazon_source(year: int, category: str, full: bool = False, name: str = "") -> Source:
+def amazon_source(year: int, # 2014, 2018 or 2023
+                  category: str, # As the publisher spells it
+                  full: bool = False, # Without the publisher's 5-core filter
+                  name: str = "", # What a person writes; by default the full name
+                 ) -> Source:
     "Describe one file of the McAuley lab."
-    end = "" if full or year == 2023 else "_5"
-    review = {2014: f"reviews_{category}{end}.json.gz",
-              2018: f"{'categoryFiles' if full else 'categoryFilesSmall'}/{category}{end}.json.gz",
+    end, small = ("", "categoryFiles") if full or year == 2023 else ("_5", "categoryFilesSmall")
+    review = {2014: f"reviews_{category}{end}.json.gz", 2018: f"{small}/{category}{end}.json.gz",
               2023: f"review_categories/{category}.jsonl.gz"}[year]
     meta = {2014: f"meta_{category}.json.gz", 2018: f"metaFiles2/meta_{category}.json.gz",
             2023: f"meta_categories/meta_{category}.jsonl.gz"}[year]
@@ -73,13 +81,9 @@ def amazon_source(year: int, category: str, full: bool = False, name: str = "") 
                   (review.split("/")[-1],), BASES[year] + meta,
                   licence="for research; the publisher states no licence", cite=CITE[year])
 
-# %% ../../nbs/12_data.sources.ipynb #d91576ca
-YELP = Source("yelp", page="https://business.yelp.com/data/resources/open-dataset/",
-              files=("yelp_academic_dataset_review.json", "yelp_dataset.tar", "yelp_dataset.tgz", "Yelp-JSON.zip"),
-              licence="Yelp Dataset Terms of Use; academic use, a person must agree", cite="Yelp Open Dataset")
-
 # %% ../../nbs/12_data.sources.ipynb #70353b76
-def find_source(name: str): # A Source, or None when the name follows no rule
+def find_source(name: str, # What a person writes
+               ): # A Source, or None when the name follows no rule
     "Look a name up in the registry."
     if name == "yelp": return YELP
     words = name.lower().split("_")
@@ -93,15 +97,23 @@ def find_source(name: str): # A Source, or None when the name follows no rule
             if category.lower() in wanted: return amazon_source(y, category, full, name)
     return None
 
-# %% ../../nbs/12_data.sources.ipynb #c54fedbe
+# %% ../../nbs/12_data.sources.ipynb #5194add2
 def known_names() -> list: # Every name the registry answers to, without a year and `_full`
     "List the names of the registry."
     slugs = dict.fromkeys(c.lower() for cs in CATEGORIES.values() for c in cs)
     return ["sample", "yelp", *[f"amazon_{s}" for s in SHORT], *[f"amazon_{s}" for s in slugs]]
 
 # %% ../../nbs/12_data.sources.ipynb #c66c486c
-ENDINGS = (".parquet", ".csv", ".tsv", ".txt", ".inter", ".json", ".jsonl", ".tar", ".tgz", ".zip", ".csv.gz", ".tsv.gz",
-    ".json.gz", ".jsonl.gz", ".tar.gz")
+ENDINGS = (".parquet", ".csv", ".tsv", ".txt", ".inter", ".json", ".jsonl", ".tar", ".tgz", ".zip", ".csv.gz",
+           ".tsv.gz", ".json.gz", ".jsonl.gz", ".tar.gz")
+
+
+def bare_name(path_or_name, # "data/reviews.2023.csv.gz", or a name as it is
+             ) -> str: # "reviews.2023": without folders and the ending of a data file
+    "Return the name of the data set that a file holds."
+    name = Path(path_or_name).name
+    end = max((e for e in ENDINGS if name.lower().endswith(e)), key=len, default="")
+    return name[:len(name) - len(end)] or name
 
 # %% ../../nbs/12_data.sources.ipynb #2d523d10
 def data_folders() -> list: # Paths that exist
@@ -109,29 +121,30 @@ def data_folders() -> list: # Paths that exist
     places = [os.environ.get("SHARP_DISTILL_DATA"), "data", "../data"]
     return [Path(p).expanduser() for p in dict.fromkeys(filter(None, places)) if Path(p).expanduser().is_dir()]
 
-# %% ../../nbs/12_data.sources.ipynb #585cccb5
-def bare_name(filename: str) -> str: # Without the endings of data files
-    "Return the name of the data set that a file holds."
-    end = max((e for e in ENDINGS if filename.lower().endswith(e)), key=len, default="")
-    return filename[:len(filename) - len(end)] if end else filename
-
-# %% ../../nbs/12_data.sources.ipynb #3ddae4aa
+# %% ../../nbs/12_data.sources.ipynb #701d1d29
 def local_files() -> dict: # Name -> path; the first folder wins
     "List the data sets that lie on this computer."
     found = {}
     for folder in data_folders():
         for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-            if not path.is_file() or not path.name.lower().endswith(ENDINGS) or path.name.startswith((".", "meta_")): continue
-            found.setdefault(bare_name(path.name), path)
+            hidden = path.name.startswith((".", "meta_"))
+            if hidden or not path.name.lower().endswith(ENDINGS) or not path.is_file(): continue
+            found.setdefault(bare_name(path), path)
             if path.parent != folder and path.parent.name != "raw": found.setdefault(path.parent.name, path)
     return found
 
-# %% ../../nbs/12_data.sources.ipynb #7294e9bf
+# %% ../../nbs/12_data.sources.ipynb #e2e85d76
 def find_local(name: str): # A path or None
     "Find a data set on this computer by its own name or its publisher's."
     files, source = local_files(), find_source(name)
     wanted = [name, *(bare_name(f) for f in (source.files if source else ()))]
     return next((files[w] for w in wanted if w in files), None)
+
+# %% ../../nbs/12_data.sources.ipynb #4de96335
+def cached_path(source: Source) -> Path: # Where its download stands, or would stand
+    "Name the place of a download: one a file, by whichever name it was asked for."
+    where = urllib.parse.urlparse(source.url)
+    return cache_root() / "downloads" / where.netloc.replace(":", "_") / where.path.strip("/")
 
 # %% ../../nbs/12_data.sources.ipynb #39847105
 _COLUMNS = ["name", "how", *(f"{who} {what}" for who in ("paper", "5-core") for what in ("users", "items", "reviews")),
@@ -141,32 +154,22 @@ _COLUMNS = ["name", "how", *(f"{who} {what}" for who in ("paper", "5-core") for 
 def datasets(everything: bool = False, # Also every published category of every generation
             ) -> pd.DataFrame: # One row a name
     "Show the data sets that `dataset=` accepts."
-    names = ["sample", *PAPER_COUNTS, "amazon_musical_instruments", "amazon_digital_music"]
+    names = ["sample", *PAPER_SIZES, "amazon_musical_instruments", "amazon_digital_music"]
     if everything: names += [f"amazon_{y}_{c.lower()}" for y, cs in CATEGORIES.items() for c in cs]
     local, blank = local_files(), ("", "", "")
     names += [n for n in local if n not in names and find_source(n) is None]
     rows = []
     for name in names:
         source = find_source(name)
-        here = find_local(name) or (source and source.url and is_cached(source))
+        here = find_local(name) or (source and source.url and cached_path(source).is_file())
         how = ("made on the spot" if name == "sample" else "on this computer" if here
                else "fetched on first use" if source.url else "fetched by hand")
-        about = (source.files[0], source.licence, source.cite, source.page) if source else (getattr(local.get(name), "name", ""), *blank)
-        rows.append((name, how, *PAPER_COUNTS.get(name, blank), *PUBLISHED_COUNTS.get(name, blank), *about))
+        if source: about = (source.files[0], source.licence, source.cite, source.page)
+        else: about = (getattr(local.get(name), "name", ""), *blank)
+        rows.append((name, how, *PAPER_SIZES.get(name, blank), *PUBLISHED_COUNTS.get(name, blank), *about))
     return pd.DataFrame(rows, columns=_COLUMNS).set_index("name")
 
-# %% ../../nbs/12_data.sources.ipynb #4de96335
-def cached_path(source: Source) -> Path: # Where its download stands, or would stand
-    "Name the place of a download: one a file, by whichever name it was asked for."
-    where = urllib.parse.urlparse(source.url)
-    return cache_root() / "downloads" / where.netloc.replace(":", "_") / where.path.strip("/")
-
-# %% ../../nbs/12_data.sources.ipynb #a5c188e8
-def is_cached(source: Source) -> bool:
-    "Say whether the file was downloaded before."
-    return cached_path(source).is_file()
-
-# %% ../../nbs/12_data.sources.ipynb #4fe9c85b
+# %% ../../nbs/12_data.sources.ipynb #cb66459e
 def _request(url, have, note): # The opened response
     "Ask for a file, or for the rest of it."
     headers = {"User-Agent": "sharp-distill/0.1", "Accept-Encoding": "identity"}
@@ -174,11 +177,12 @@ def _request(url, have, note): # The opened response
     if have and note.get("tag"): headers["If-Range"] = note["tag"]
     return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
 
-# %% ../../nbs/12_data.sources.ipynb #cb66459e
+# %% ../../nbs/12_data.sources.ipynb #98c01915
 def _expected(response, have): # Bytes of the whole file (0 unknown), and whether this is the rest of what we have
-    "Read from the answer how long the whole file is."
+    "Find in the answer how long the whole file is."
     span = response.headers.get("Content-Range", "")
-    if response.status == 206 and span.startswith(f"bytes {have}-"): return int(span.rsplit("/", 1)[-1].replace("*", "0")), True
+    is_rest = response.status == 206 and span.startswith(f"bytes {have}-")
+    if is_rest: return int(span.rsplit("/", 1)[-1].replace("*", "0")), True
     return int(response.headers.get("Content-Length") or 0), False
 
 # %% ../../nbs/12_data.sources.ipynb #55faaf33
@@ -190,7 +194,8 @@ def _fetch_part(url, part: Path, bar_name): # Total bytes, 0 unknown
     with _request(url, have, note) as response:
         total, is_rest = _expected(response, have)
         have = have if is_rest else 0
-        if total and shutil.disk_usage(part.parent).free < total - have: raise UserError(f"{bar_name} needs {total / 1e6:,.0f} MB, and the disk of {part.parent} has less.")
+        if total and shutil.disk_usage(part.parent).free < total - have:
+            raise UserError(f"{bar_name} needs {total / 1e6:,.0f} MB, and the disk of {part.parent} has less.")
         tag = response.headers.get("ETag") or response.headers.get("Last-Modified")
         write_json(note_file, dict(url=url, tag=tag, total=total))
         bar = progress(None, bar_name, total=total or None, initial=have, unit="B", unit_scale=True)
@@ -198,34 +203,34 @@ def _fetch_part(url, part: Path, bar_name): # Total bytes, 0 unknown
             while block := response.read(1 << 20): out.write(block); bar.update(len(block))
     return total
 
-# %% ../../nbs/12_data.sources.ipynb #ed62f1f4
+# %% ../../nbs/12_data.sources.ipynb #91392431
 def _drop(part: Path):
     "Forget a part file."
     for p in (part, part.with_name(part.name + ".json")): p.unlink(missing_ok=True)
 
 # %% ../../nbs/12_data.sources.ipynb #d5cc443e
-def _verify(part: Path, name: str, total: int, sha256: str):
-    "Refuse a part file that is not the whole, right file."
+def _verify(part: Path, name: str, total: int):
+    "Refuse a part file that is not the whole file, or holds something else."
     size = part.stat().st_size
-    if total and size != total: raise UserError(f"{name}: {size:,} of {total:,} bytes came; run again and the download goes on from there.")
+    if total and size != total:
+        raise UserError(f"{name}: {size:,} of {total:,} bytes came; run again and the download goes on from there.")
     try:
-        if sha256 and _sha256(part) != sha256: raise UserError(f"{name} has the wrong SHA-256: it is not the published file.")
         with open_bytes(part) as stream:
             sniff(stream.read(1 << 16), name)
             while stream.read(1 << 22): pass
     except UserError as e:
         _drop(part)
-        said = str(e).replace(part.name, name).replace("Delete it and f", "F").replace("delete it and f", "f") # what came is not kept
-        raise UserError(said) from None
+        said = str(e).replace(part.name, name) # what came is not kept, so nobody need delete it
+        raise UserError(said.replace("Delete it and f", "F").replace("delete it and f", "f")) from None
 
-# %% ../../nbs/12_data.sources.ipynb #90a9ce56
+# %% ../../nbs/12_data.sources.ipynb #d7a5603e
 def _sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(1 << 22): digest.update(block)
     return digest.hexdigest()
 
-# %% ../../nbs/12_data.sources.ipynb #ecfa2242
+
 def is_offline() -> bool:
     "Say whether the person has forbidden downloads."
     return os.environ.get("SHARP_DISTILL_OFFLINE", "0") not in ("", "0")
@@ -233,14 +238,15 @@ def is_offline() -> bool:
 # %% ../../nbs/12_data.sources.ipynb #b94dbf68
 def download(url: str, # Where it is
              target, # The file to make; nothing happens when it exists
-             sha256: str = "", # Expected hash, where known
              tries: int = 3, # Attempts, each going on where the last one broke off
              wait_s: float = 1.0, # Pause before the second attempt; doubled each time
             ) -> Path: # The target
     "Fetch a file, whole or not at all."
     target = Path(target)
     if target.exists(): return target
-    if is_offline(): raise UserError(f"{target.name} is not on this computer and SHARP_DISTILL_OFFLINE is set: unset it, or fetch {url} elsewhere and put it at {target}.")
+    if is_offline():
+        raise UserError(f"{target.name} is not on this computer and SHARP_DISTILL_OFFLINE is set: unset it, "
+                        f"or fetch {url} elsewhere and put it at {target}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     part, fault, total = target.with_name(f".{target.name}.part"), "", 0
     for attempt in range(tries):
@@ -254,37 +260,43 @@ def download(url: str, # Where it is
             elif e.code < 500: break
         except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
             fault = str(getattr(e, "reason", e)) or type(e).__name__
-    kept = "what came is kept and the next run goes on from there; or" if part.exists() else "try again, or"
-    if fault: raise UserError(f"{url} could not be fetched ({fault}): {kept} fetch it by hand and put it at {target}.")
-    _verify(part, target.name, total, sha256)
-    write_json(target.with_name(target.name + ".source.json"), dict(url=url, bytes=part.stat().st_size, sha256=_sha256(part)))
+    if fault:
+        kept = "what came is kept and the next run goes on from there;" if part.exists() else "try again,"
+        raise UserError(f"{url} could not be fetched ({fault}): {kept} or fetch it by hand and put it at {target}.")
+    _verify(part, target.name, total)
+    facts = dict(url=url, bytes=part.stat().st_size, sha256=_sha256(part))
+    write_json(target.with_name(target.name + ".source.json"), facts)
     os.replace(part, target)
     _drop(part)
     return target
 
 # %% ../../nbs/12_data.sources.ipynb #c4d0e84d
+def unknown_name(name: str) -> str:
+    "Word the error about a name that is no data set."
+    near = did_you_mean(name, [*local_files(), *known_names()]) or (
+        " Known: sample, yelp, amazon_cds, amazon_beauty, amazon_cellphones, amazon_sports and every name in "
+        "datasets(everything=True).")
+    return f"{name!r} is no data set, no file, and no name under $SHARP_DISTILL_DATA or data/.{near}"
+
+# %% ../../nbs/12_data.sources.ipynb #e0ef76d5
 def fetch(name: str) -> Path: # A file on this computer
     "Find a named data set, downloading it where its publisher allows."
     source = find_source(name)
     if local := find_local(name): return local
     if source is None: raise UserError(unknown_name(name))
     if not source.url:
-        places = " or ".join(map(str, [os.environ.get("SHARP_DISTILL_DATA") or "data/"]))
-        raise UserError(f"{name} must be fetched by a person: agree to the terms at {source.page}, and put {' or '.join(source.files[:2])} into {places} (or give its path as dataset).")
+        place = os.environ.get("SHARP_DISTILL_DATA") or "data/"
+        raise UserError(f"{name} must be fetched by a person: agree to the terms at {source.page}, and put "
+                        f"{' or '.join(source.files[:2])} into {place} (or give its path as dataset).")
     cache_dir("downloads")
-    return download(source.url, cached_path(source), source.sha256)
-
-# %% ../../nbs/12_data.sources.ipynb #12a641cc
-def unknown_name(name: str) -> str:
-    "Word the error about a name that is no data set."
-    known = [*local_files(), *known_names()]
-    near = did_you_mean(name, known) or " Known: sample, yelp, amazon_cds, amazon_beauty, amazon_cellphones, amazon_sports and every name in datasets(everything=True)."
-    return f"{name!r} is no data set, no file, and no name under $SHARP_DISTILL_DATA or data/.{near}"
+    return download(source.url, cached_path(source))
 
 # %% ../../nbs/12_data.sources.ipynb #e4558c6f
 def fetch_titles(name: str) -> Path: # The file with the names of the items
     "Download the item file of a named set, to stand beside its reviews."
     source = find_source(name)
-    if source is None or not source.meta_url: raise UserError(f"{name!r} has no item file that a program may fetch: expected a published Amazon set, like 'amazon_cds'.{did_you_mean(name, known_names())}")
+    if source is None or not source.meta_url:
+        raise UserError(f"{name!r} has no item file that a program may fetch: expected a published Amazon set, "
+                        f"like 'amazon_cds'.{did_you_mean(name, known_names())}")
     cache_dir("downloads")
     return download(source.meta_url, cached_path(source).with_name(source.meta_url.rsplit("/", 1)[-1]))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THEMES', 'STYLES', 'MOTIFS', 'FIRST', 'LAST', 'OPINIONS', 'ON_THEME', 'ON_STYLE', 'ON_MOTIF', 'NOT_MOTIF',
-           'ON_AUTHOR', 'SMALL_TALK', 'sample_catalogue', 'sample_tastes', 'sample_purchases', 'turn_within',
-           'sample_reviews', 'sample_frame', 'long_tail', 'wire', 'scale_counts', 'make_graph']
+           'ON_AUTHOR', 'SMALL_TALK', 'sample_catalogue', 'sample_tastes', 'place_within', 'sample_purchases',
+           'sample_reviews', 'sample_frame', 'long_tail', 'join_at_random', 'scale_counts', 'make_graph']
 
 # %% ../../nbs/13_data.synthetic.ipynb #d321883d
 import re
@@ -14,42 +14,65 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError, did_you_mean, rng
-from ..paper import PAPER_COUNTS
+from ..paper import PAPER_SIZES
 
 # %% ../../nbs/13_data.synthetic.ipynb #f4d7ed0b
-THEMES = {
-    "harbours tides sailors storms": "Voyage Harbour Crossing", "peaks huts glaciers ropes": "Summit Ascent Pass", "recipes ovens spices suppers": "Kitchen Supper Recipe",
-    "orchards seeds greenhouses roses": "Garden Orchard Greenhouse", "clues alibis suspects inspectors": "Murders Alibi Case", "circuits androids factories sparks": "Machine Circuit Engine",
-    "archives treaties letters heirs": "Treaty Throne Dynasty", "pianos rehearsals songs choirs": "Sonata Overture Choir", "orbits probes comets airlocks": "Orbit Galaxy Mission",
-    "classrooms exams dormitories lockers": "School Term Classroom", "neighbours lanes fairs bakeries": "Village Lane Bakery", "stations sleepers timetables tunnels": "Express Station Timetable"}
+THEMES = { # four words of a theme -> three forms of a title
+    "harbours tides sailors storms": "Voyage Harbour Crossing",
+    "peaks huts glaciers ropes": "Summit Ascent Pass",
+    "recipes ovens spices suppers": "Kitchen Supper Recipe",
+    "orchards seeds greenhouses roses": "Garden Orchard Greenhouse",
+    "clues alibis suspects inspectors": "Murders Alibi Case",
+    "circuits androids factories sparks": "Machine Circuit Engine",
+    "archives treaties letters heirs": "Treaty Throne Dynasty",
+    "pianos rehearsals songs choirs": "Sonata Overture Choir",
+    "orbits probes comets airlocks": "Orbit Galaxy Mission",
+    "classrooms exams dormitories lockers": "School Term Classroom",
+    "neighbours lanes fairs bakeries": "Village Lane Bakery",
+    "stations sleepers timetables tunnels": "Express Station Timetable"}
 STYLES = ("dry humour and deadpan asides", "lyrical, unhurried prose", "brisk chapters and cliffhangers",
-    "a dark and uneasy mood", "a cosy, gentle tone",
-          "learned footnotes and careful detail", "diary pages and letters", "sharp satire")
-MOTIFS = ("bee lighthouse clock violin foghorn twin map bicycle ghost umbrella owl teapot telescope puppet key balloon mirror raven typewriter lantern "
-          "puzzle kite postcard doll beetle heron stamp compass magnet quilt turtle marble windmill tandem mushroom crow button pendulum lizard orchid "
-          "accordion snowman radio carousel whale moth submarine gondola walnut parrot pearl scarecrow sundial tattoo chandelier kettle well anchor raft candle").split()
-FIRST = ("Ada Bela Chidi Dora Emil Farah Goran Hana Ivo Jun Kaya Leo Mira Nils Odile Pia Quinn Rosa Sven Tara Uma Vito Wren Xenia Yusuf "
-         "Zoe Amir Birgit Carlos Dalia Enzo Freya Gita Hugo Ines Jonas Kofi Lena Mateo Nadia").split()
-LAST = ("Abel Brandt Castell Dufour Eriksen Fontana Garcia Holt Ibsen Jansen Kovac Lindqvist Moreau Novak Okafor Petrov Quist Rossi Sato "
-        "Tanaka Ulrich Varga Weber Yilmaz Zeller Almeida Bauer Costa Demir Engel Ferrari Gruber Haas Iyer Jovic Klein Lang Mendes Nagy Ott "
-        "Popa Reyes Silva Toth Urban Vogel Wagner Xu Young Zhang Adeyemi Berg Cruz Diaz Ek Frank Gallo Horvat Ito Juhl").split()
+          "a dark and uneasy mood", "a cosy, gentle tone", "learned footnotes and careful detail",
+          "diary pages and letters", "sharp satire")
+MOTIFS = ("bee lighthouse clock violin foghorn twin map bicycle ghost umbrella owl teapot telescope puppet key balloon "
+          "mirror raven typewriter lantern puzzle kite postcard doll beetle heron stamp compass magnet quilt turtle "
+          "marble windmill tandem mushroom crow button pendulum lizard orchid accordion snowman radio carousel whale "
+          "moth submarine gondola walnut parrot pearl scarecrow sundial tattoo chandelier kettle well anchor raft "
+          "candle").split()
+FIRST = ("Ada Bela Chidi Dora Emil Farah Goran Hana Ivo Jun Kaya Leo Mira Nils Odile Pia Quinn Rosa Sven Tara Uma Vito "
+         "Wren Xenia Yusuf Zoe Amir Birgit Carlos Dalia Enzo Freya Gita Hugo Ines Jonas Kofi Lena Mateo Nadia").split()
+LAST = ("Abel Brandt Castell Dufour Eriksen Fontana Garcia Holt Ibsen Jansen Kovac Lindqvist Moreau Novak Okafor "
+        "Petrov Quist Rossi Sato Tanaka Ulrich Varga Weber Yilmaz Zeller Almeida Bauer Costa Demir Engel Ferrari "
+        "Gruber Haas Iyer Jovic Klein Lang Mendes Nagy Ott Popa Reyes Silva Toth Urban Vogel Wagner Xu Young Zhang "
+        "Adeyemi Berg Cruz Diaz Ek Frank Gallo Horvat Ito Juhl").split()
 
 # %% ../../nbs/13_data.synthetic.ipynb #9a7e7629
 OPINIONS = (["A letdown.", "I gave up halfway.", "Not for me at all.", "I wanted to like it.", "Tedious, sadly."],
             ["Fine, but not special.", "A mixed bag.", "Good parts and dull parts.", "I liked half of it.",
-                "Decent for a train ride."],
+             "Decent for a train ride."],
             ["A quiet triumph.", "I read it twice.", "Exactly my kind of book.", "Wonderful from start to finish.",
-                "I gave copies to friends.", "Hard to put down."])
+             "I gave copies to friends.", "Hard to put down."])
 ON_THEME = ["the {} feel real.", "so much about {}, and all of it alive.", "you can almost touch the {}.",
-    "it knows its {}.", "the chapters on {} stay with you."]
-ON_STYLE = ["expect {}.", "written with {}.", "what carries it is {}.", "if you enjoy {}, start here.", "it is full of {}."]
+            "it knows its {}.", "the chapters on {} stay with you."]
+ON_STYLE = ["expect {}.", "written with {}.", "what carries it is {}.", "if you enjoy {}, start here.",
+            "it is full of {}."]
 ON_MOTIF = ["the {} runs through every chapter.", "I came for the {}.", "who knew a {} could matter so much?",
-    "the scene with the {} is the heart of it.",
-            "there is a {} on nearly every page.", "I will never look at a {} the same way."]
+            "the scene with the {} is the heart of it.", "there is a {} on nearly every page.",
+            "I will never look at a {} the same way."]
 NOT_MOTIF = ["nothing like the one about the {}.", "I had hoped for a {} again."]
 ON_AUTHOR = ["{} has a voice of their own.", "my second book by {}.", "{} again, and it shows."]
-SMALL_TALK = ["it arrived quickly.", "the print is small.", "a gift for my sister.", "read on holiday.", "the cover is lovely.",
-              "bought on a whim.", "our reading group argued about it.", "the paperback is sturdy."]
+SMALL_TALK = ["it arrived quickly.", "the print is small.", "a gift for my sister.", "read on holiday.",
+              "the cover is lovely.", "bought on a whim.", "our reading group argued about it.",
+              "the paperback is sturdy."]
+
+# %% ../../nbs/13_data.synthetic.ipynb #71d68a6e
+def _titles(gen, theme, motifs): # object[I], all different
+    "Name each book after its first motif and a form that goes with its theme."
+    forms, count, titles = [f.split() for f in THEMES.values()], {}, []
+    for t, m, f in zip(theme, motifs[:, 0], gen.integers(3, size=len(theme))):
+        title = f"The {MOTIFS[m].title()} {forms[t][f]}"
+        count[title] = count.get(title, 0) + 1
+        titles.append(title if count[title] == 1 else f"{title}, Book {count[title]}")
+    return np.array(titles, dtype=object)
 
 # %% ../../nbs/13_data.synthetic.ipynb #303e89cf
 def sample_catalogue(gen, # Random generator
@@ -64,16 +87,6 @@ def sample_catalogue(gen, # Random generator
     return dict(author=author, theme=theme, style=style, motifs=motifs, is_new=gen.random(n_items) < 0.2,
                 appeal=0.5 * gen.gumbel(size=n_items), title=_titles(gen, theme, motifs))
 
-# %% ../../nbs/13_data.synthetic.ipynb #71d68a6e
-def _titles(gen, theme, motifs): # object[I], all different
-    "Name each book after its first motif and a form that goes with its theme."
-    forms, count, titles = [f.split() for f in THEMES.values()], {}, []
-    for t, m, f in zip(theme, motifs[:, 0], gen.integers(3, size=len(theme))):
-        title = f"The {MOTIFS[m].title()} {forms[t][f]}"
-        count[title] = count.get(title, 0) + 1
-        titles.append(title if count[title] == 1 else f"{title}, Book {count[title]}")
-    return np.array(titles, dtype=object)
-
 # %% ../../nbs/13_data.synthetic.ipynb #d60603c8
 def sample_tastes(gen, # Random generator
                   n_users: int, # Users
@@ -83,6 +96,16 @@ def sample_tastes(gen, # Random generator
         rank = gen.random((n_users, n_kinds)).argsort(1).argsort(1)
         return np.where(rank < n_liked, gen.uniform(0.6, 1.4, (n_users, n_kinds)), 0.0).astype(np.float32)
     return dict(theme=few(len(THEMES), 3), style=few(len(STYLES), 2), motif=few(len(MOTIFS), 6))
+
+# %% ../../nbs/13_data.synthetic.ipynb #3cb3b225
+def place_within(group, # int[n], group of each row
+                 order_by, # [n], sort key
+                ) -> np.ndarray: # int64[n], 0, 1, 2.. within each group
+    "Number the rows of each group by a sort key."
+    order, count = np.lexsort((order_by, group)), np.bincount(group)
+    place = np.empty(len(group), np.int64)
+    place[order] = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
+    return place
 
 # %% ../../nbs/13_data.synthetic.ipynb #fe273976
 def sample_purchases(gen, books, tastes, # From the two functions above
@@ -96,20 +119,13 @@ def sample_purchases(gen, books, tastes, # From the two functions above
     for j in range(3): liking += w_motif * tastes["motif"][:, books["motifs"][:, j]]
     n_users, n_items = liking.shape
     score = liking + books["appeal"].astype(np.float32) + gen.gumbel(size=liking.shape).astype(np.float32)
-    n = np.clip(np.round(gen.lognormal(np.log(rows_per_user) - 0.25, 0.7, n_users)), 5, max(n_items // 3, 5)).astype(int)
+    n = gen.lognormal(np.log(rows_per_user) - 0.25, 0.7, n_users)
+    n = np.clip(np.round(n), 5, max(n_items // 3, 5)).astype(int)
     user_idx = np.repeat(np.arange(n_users), n)
     item_idx = np.argsort(-score, axis=1)[:, :n.max()][np.arange(n.max()) < n[:, None]]
-    keep = ~books["is_new"][item_idx] | (turn_within(item_idx, gen) < new_rows)
+    place = place_within(item_idx, gen.random(len(item_idx)))
+    keep = ~books["is_new"][item_idx] | (place < new_rows)
     return user_idx[keep], item_idx[keep], liking[user_idx, item_idx][keep]
-
-# %% ../../nbs/13_data.synthetic.ipynb #b57f6dfa
-def turn_within(group, # int[n] group of each row
-                gen): # Draws the order
-    "Number the rows of each group from 0 in random order."
-    order, count = np.lexsort((gen.random(len(group)), group)), np.bincount(group)
-    turn = np.empty(len(group), np.int64)
-    turn[order] = np.arange(len(group)) - np.repeat(np.cumsum(count) - count, count)
-    return turn
 
 # %% ../../nbs/13_data.synthetic.ipynb #a91007ae
 def _fill(templates, words): # object [templates, words]
@@ -142,15 +158,16 @@ def sample_reviews(gen, books, tastes, user_idx, item_idx, rating) -> np.ndarray
 
 # %% ../../nbs/13_data.synthetic.ipynb #a197e8a0
 def sample_frame(seed: int = 0, # Draws everything
-                 n_users: int = 2000, # Users
-                 n_items: int = 700, # Books
+                 n_users: int = 1200, # Users
+                 n_items: int = 500, # Books
                  rows_per_user: float = 20, # Mean number of purchases, before new books are thinned out
-                ) -> pd.DataFrame: # user_id, item_id, item_title, rating, timestamp, review
+                ) -> pd.DataFrame: # user_id, item_id, rating, timestamp, item_title, review
     "Make the bookshop's purchases: tastes show in who buys what, and in what the reviews say."
     gen = rng(seed, "sample")
     books, tastes = sample_catalogue(gen, n_items), sample_tastes(gen, n_users)
     user_idx, item_idx, liking = sample_purchases(gen, books, tastes, rows_per_user)
-    rating = np.clip(np.round(3.7 + 0.4 * (liking - liking.mean()) / liking.std() + gen.normal(0, 1, len(liking))), 1, 5)
+    liked = (liking - liking.mean()) / liking.std()
+    rating = np.clip(np.round(3.7 + 0.4 * liked + gen.normal(0, 1, len(liking))), 1, 5)
     day = gen.integers(0, 1100, n_users)[user_idx] + gen.integers(0, 1000, len(user_idx))
     day = np.where(books["is_new"][item_idx], 2000 + gen.integers(0, 100, len(day)), day)
     names = [f"{a}.{b}".lower() for a in FIRST for b in LAST]
@@ -159,8 +176,8 @@ def sample_frame(seed: int = 0, # Draws everything
     item_ids = np.array([f"book{j:04d}" for j in gen.permutation(n_items)], dtype=object)
     second = 1546300800 + day * 86400 + gen.integers(0, 86400, len(day))
     review = sample_reviews(gen, books, tastes, user_idx, item_idx, rating)
-    return pd.DataFrame(dict(user_id=user_ids[user_idx], item_id=item_ids[item_idx], item_title=books["title"][item_idx],
-                             rating=rating, timestamp=second, review=review))
+    return pd.DataFrame(dict(user_id=user_ids[user_idx], item_id=item_ids[item_idx], rating=rating, timestamp=second,
+                             item_title=books["title"][item_idx], review=review))
 
 # %% ../../nbs/13_data.synthetic.ipynb #cb4bec17
 def long_tail(gen, # Random generator
@@ -182,7 +199,10 @@ def long_tail(gen, # Random generator
     return degree + floor
 
 # %% ../../nbs/13_data.synthetic.ipynb #87e438b4
-def wire(gen, user_degree, item_degree): # user_idx [n], item_idx [n]
+def join_at_random(gen, # Random generator
+                   user_degree, # int[U], rows of each user
+                   item_degree, # int[I], rows of each item; the same sum
+                  ): # user_idx int64[n], item_idx int64[n]
     "Join users and items at random with given degrees and no pair twice."
     user_idx = np.repeat(np.arange(len(user_degree)), user_degree)
     item_idx = gen.permutation(np.repeat(np.arange(len(item_degree)), item_degree))
@@ -191,17 +211,22 @@ def wire(gen, user_degree, item_degree): # user_idx [n], item_idx [n]
         order = np.argsort(pair, kind="stable")
         twice = order[1:][np.diff(pair[order]) == 0]
         if not len(twice): return user_idx, item_idx
-        for a, b in zip(twice, gen.integers(len(pair), size=len(twice))): item_idx[a], item_idx[b] = item_idx[b], item_idx[a]
-    raise UserError("the graph is too dense to be wired without repeats: ask for fewer interactions or more users and items.")
+        for a, b in zip(twice, gen.integers(len(pair), size=len(twice))):
+            item_idx[a], item_idx[b] = item_idx[b], item_idx[a]
+    raise UserError("the graph is too dense to be joined without repeats: "
+                    "ask for fewer interactions or more users and items.")
 
 # %% ../../nbs/13_data.synthetic.ipynb #19d0ccdc
 def scale_counts(name: str = "amazon_cds", # One of the paper's five
                  fraction: float = 1.0, # Of its users, items and interactions
                 ): # users, items, interactions
     "Return the size of a graph like one of the paper's, or of a part of it."
-    if name not in PAPER_COUNTS: raise UserError(f"{name!r} is none of the paper's data sets: expected {', '.join(PAPER_COUNTS)}.{did_you_mean(name, PAPER_COUNTS)}")
-    if not 0 < fraction <= 10: raise UserError(f"fraction is {fraction}: expected more than 0 and at most 10, like 0.1.")
-    return tuple(max(int(round(n * fraction)), 10) for n in PAPER_COUNTS[name])
+    if name not in PAPER_SIZES:
+        raise UserError(f"{name!r} is none of the paper's data sets: expected {', '.join(PAPER_SIZES)}."
+                        f"{did_you_mean(name, PAPER_SIZES)}")
+    if not 0 < fraction <= 10:
+        raise UserError(f"fraction is {fraction}: expected more than 0 and at most 10, like 0.1.")
+    return tuple(max(int(round(n * fraction)), 10) for n in PAPER_SIZES[name])
 
 # %% ../../nbs/13_data.synthetic.ipynb #5425dd0c
 def make_graph(n_users: int, n_items: int, n_rows: int, # Exact sizes
@@ -210,7 +235,9 @@ def make_graph(n_users: int, n_items: int, n_rows: int, # Exact sizes
               ): # user_idx int64[n], item_idx int64[n]
     "Make an interaction graph with exact counts and long tails."
     gen = rng(seed, "graph")
-    if n_rows > n_users * n_items // 4 or n_rows < max(n_users, n_items):
-        raise UserError(f"{n_rows:,} interactions do not fit {n_users:,} users and {n_items:,} items: expected {max(n_users, n_items):,} to {n_users * n_items // 4:,}.")
+    least, most = max(n_users, n_items), n_users * n_items // 4
+    if not least <= n_rows <= most:
+        raise UserError(f"{n_rows:,} interactions do not fit {n_users:,} users and {n_items:,} items: "
+                        f"expected {least:,} to {most:,}.")
     user_degree = long_tail(gen, n_users, n_rows, sigmas[0], most=max(n_items // 2, 1))
-    return wire(gen, user_degree, long_tail(gen, n_items, n_rows, sigmas[1], most=max(n_users // 2, 1)))
+    return join_at_random(gen, user_degree, long_tail(gen, n_items, n_rows, sigmas[1], most=max(n_users // 2, 1)))

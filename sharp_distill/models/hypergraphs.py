@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SESSION_DAYS', 'safe_power', 'Hypergraph', 'build_hypergraphs', 'session_hyperedges', 'add_hyperedges', 'to_torch',
-           'SparseOp', 'normalised_adjacency', 'student_edges', 'position_features', 'cosine', 'random_interactions']
+           'SparseOp', 'normalised_adjacency', 'student_edges', 'position_features', 'random_interactions']
 
 # %% ../../nbs/30_models.hypergraphs.ipynb #6f1d079f
 import warnings
@@ -48,8 +48,10 @@ class Hypergraph:
 
     @cached_property
     def D_v(self) -> np.ndarray: return np.asarray(self.H @ self.w_e, dtype=np.float32)         # [N]
+
     @cached_property
     def D_e(self) -> np.ndarray: return np.asarray(self.H.sum(0), dtype=np.float32).ravel()     # [E]
+
     @cached_property
     def factor(self) -> sp.csr_matrix:
         "A [N, E] with L = A Aᵀ."
@@ -68,8 +70,10 @@ class Hypergraph:
 def _weights(w_e, n_edges: int, side: str) -> np.ndarray:
     "Check hyperedge weights; 1 each when none are given."
     w_e = np.ones(n_edges, np.float32) if w_e is None else np.asarray(w_e, np.float32)
-    if w_e.shape != (n_edges,): raise UserError(f"{side} hypergraph: {w_e.shape} weights given, expected one for each of {n_edges} hyperedges.")
-    if not np.all(w_e >= 0): raise UserError(f"{side} hypergraph: smallest weight is {np.nanmin(w_e)}: expected 0 or more, and no nan.")
+    if w_e.shape != (n_edges,):
+        raise UserError(f"{side} hypergraph: {w_e.shape} weights given, expected one for each of {n_edges} hyperedges.")
+    if not np.all(w_e >= 0):
+        raise UserError(f"{side} hypergraph: smallest weight is {np.nanmin(w_e)}: expected 0 or more, and no nan.")
     return w_e
 
 
@@ -86,31 +90,31 @@ def build_hypergraphs(train: sp.spmatrix, # [U, I] train interactions
 SESSION_DAYS = 30
 
 
-def session_hyperedges(train, # Interactions
-                       days: int = SESSION_DAYS, # Length of a window
-                       ) -> sp.csr_matrix: # [I, S] of ones, float32
-    "Join the items that one user reviewed within one window of time."
+def session_hyperedges(train) -> sp.csr_matrix: # Interactions -> [I, S] of ones, float32
+    "Join the items that one user reviewed within one bin of `SESSION_DAYS` days of the calendar."
     known = np.asarray(train.timestamp) >= 0
-    window = train.timestamp[known] // (days * 86_400)
-    key = train.user_idx[known].astype(np.int64) * (window.max(initial=0) + 1) + window
+    bins = train.timestamp[known] // (SESSION_DAYS * 86_400)
+    key = train.user_idx[known].astype(np.int64) * (bins.max(initial=0) + 1) + bins
     sessions, at = np.unique(key, return_inverse=True)
-    H = sp.csr_matrix((np.ones(len(at), np.float32), (train.item_idx[known], at)), shape=(train.n_items, len(sessions)))
+    places = train.item_idx[known], at
+    H = sp.csr_matrix((np.ones(len(at), np.float32), places), shape=(train.n_items, len(sessions)))
     return _incidence(H, "user")
 
-
+# %% ../../nbs/30_models.hypergraphs.ipynb #8e4df2b3
 def add_hyperedges(hg: Hypergraph, H: sp.csr_matrix, # [N, E'] incidence of the new ones
                    weight: float = 1.) -> Hypergraph:
     "Return a hypergraph with further hyperedges of one weight."
-    return Hypergraph(sp.csr_matrix(sp.hstack([hg.H, H]), dtype=np.float32), np.concatenate([hg.w_e, _weights(np.full(H.shape[1], weight), H.shape[1], hg.side)]), hg.side)
+    w_e = np.concatenate([hg.w_e, _weights(np.full(H.shape[1], weight), H.shape[1], hg.side)])
+    return Hypergraph(sp.csr_matrix(sp.hstack([hg.H, H]), dtype=np.float32), w_e, hg.side)
 
 # %% ../../nbs/30_models.hypergraphs.ipynb #3b6c875d
 def to_torch(m: sp.spmatrix, device="cpu"): # [N, E]
     "Return a scipy matrix as a torch CSR tensor (float32)."
     m = sp.csr_matrix(m, dtype=np.float32)
     with torch.sparse.check_sparse_tensor_invariants(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)") # torch calls its CSR layout "beta"; every product used here is tested below
-        return torch.sparse_csr_tensor(torch.from_numpy(m.indptr.astype(np.int64)), torch.from_numpy(m.indices.astype(np.int64)),
-                                       torch.from_numpy(m.data), size=m.shape, device=device)
+        warnings.filterwarnings("ignore", "Sparse (CSR|invariant)") # torch calls this layout "beta"
+        index = [torch.from_numpy(a.astype(np.int64)) for a in (m.indptr, m.indices)]
+        return torch.sparse_csr_tensor(*index, torch.from_numpy(m.data), size=m.shape, device=device)
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -119,6 +123,7 @@ class _SparseProduct(torch.autograd.Function):
     def forward(ctx, A, A_t, x):
         ctx.A_t = A_t
         with torch.autocast(x.device.type, enabled=False): return A @ x # sparse products know no half precision
+
     @staticmethod
     def backward(ctx, g): return None, None, ctx.A_t @ g.contiguous()
 
@@ -160,7 +165,7 @@ def student_edges(train: sp.spmatrix, # [U, I] train interactions
 # %% ../../nbs/30_models.hypergraphs.ipynb #de88bb4c
 def position_features(hg: Hypergraph, # One side's hypergraph
                       n_dims: int = 64, # r: width of the projection; the error of a cosine is about 1/sqrt(r)
-                      n_steps: int = 3, # K: how far heat spreads
+                      n_steps: int = 3, # K: how far the mass spreads
                       pe_decay: float = .5, # b: weight of one more step (the paper's beta)
                       seed: int = 0, # Of the projection
                      ) -> np.ndarray: # [N, r] float32
@@ -173,14 +178,6 @@ def position_features(hg: Hypergraph, # One side's hypergraph
         total += step
     return total
 
-# %% ../../nbs/30_models.hypergraphs.ipynb #f095c892
-def cosine(a: np.ndarray, # [n, c]
-           b: np.ndarray, # [m, c]
-          ) -> np.ndarray: # [n, m] in [-1, 1]
-    "Return all cosines between two sets of rows; a zero row has cosine 0 with everything."
-    unit = lambda x: x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    return unit(a) @ unit(b).T
-
 # %% ../../nbs/30_models.hypergraphs.ipynb #75d4defd
 def random_interactions(n_users: int, n_items: int, # Size of the two sides
                         n_rows: int, # Interactions drawn; repeated pairs fall together
@@ -191,6 +188,7 @@ def random_interactions(n_users: int, n_items: int, # Size of the two sides
     def side(n, size):
         cumulative = np.cumsum(np.arange(1, n + 1, dtype=np.float64) ** -tail)
         return draw.permutation(n)[np.searchsorted(cumulative, draw.random(size) * cumulative[-1])]
-    R = sp.csr_matrix((np.ones(n_rows, np.float32), (side(n_users, n_rows), side(n_items, n_rows))), shape=(n_users, n_items))
+    places = side(n_users, n_rows), side(n_items, n_rows)
+    R = sp.csr_matrix((np.ones(n_rows, np.float32), places), shape=(n_users, n_items))
     R.data[:] = 1
     return R

@@ -24,16 +24,15 @@ def text_keys(texts: list) -> np.ndarray: # uint64 [n]
     digest = lambda t: hashlib.blake2b(t.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return np.frombuffer(b"".join(map(digest, texts)), dtype="<u8")
 
-
+# %% ../../nbs/21_text.vector_cache.ipynb #21a1c00a
 def encoder_sha(folder: Path, # A complete encoder folder
                 cfg: ReviewConfig) -> str: # Names the vectors that this encoder gives under these options
     "Hash the files and the options that can change a review's vector."
     files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors", ".txt", ".model"))
     def digest(path):
         with open(path, "rb") as f: return hashlib.file_digest(f, "blake2b").hexdigest()
-    chunks = cfg.max_chunks if cfg.long_reviews == "chunk" else 0
-    options = [cfg.token_pooling, cfg.max_tokens, cfg.long_reviews, chunks, cfg.attention, cfg.precision]
-    return content_sha("reviews-1", [(p.name, digest(p)) for p in files], options)
+    options = [cfg.max_tokens, cfg.max_chunks, cfg.attention, cfg.precision]
+    return content_sha("reviews-2", [(p.name, digest(p)) for p in files], options)
 
 # %% ../../nbs/21_text.vector_cache.ipynb #59e2cc0e
 def write_vectors(path, # Target file; whole or not at all
@@ -42,7 +41,8 @@ def write_vectors(path, # Target file; whole or not at all
                  ):
     "Write vectors with their keys and a checksum as a safetensors file."
     keys, vectors = np.ascontiguousarray(keys, "<u8"), np.ascontiguousarray(vectors, "<f2")
-    if not vectors.any(axis=1).all(): raise UserError(f"{Path(path).name}: an encoder gave a vector of zeros, which no text has; nothing was stored.")
+    if not vectors.any(axis=1).all():
+        raise UserError(f"{Path(path).name}: an encoder gave a vector of zeros, which no text has; nothing was stored.")
     a, b = keys.nbytes, keys.nbytes + vectors.nbytes
     head = json.dumps({"__metadata__": {"crc": str(zlib.crc32(vectors, zlib.crc32(keys)))},
                        "keys": dict(dtype="U64", shape=list(keys.shape), data_offsets=[0, a]),
@@ -58,7 +58,7 @@ def write_vectors(path, # Target file; whole or not at all
 
 # %% ../../nbs/21_text.vector_cache.ipynb #803bf97f
 def read_vectors(path): # (keys uint64 [n], vectors float16 [n, d] memory-mapped), or None when corrupt or absent
-    "Map a file of vectors, or say by None that it cannot be trusted."
+    "Map a file of vectors, or return None where it cannot be trusted."
     try:
         with open(path, "rb") as f:
             n_head = struct.unpack("<Q", f.read(8))[0]
@@ -67,7 +67,7 @@ def read_vectors(path): # (keys uint64 [n], vectors float16 [n, d] memory-mapped
             return np.memmap(path, dtype, "r", 8 + n_head + head[name]["data_offsets"][0], tuple(head[name]["shape"]))
         keys, vectors = mapped("keys", "<u8"), mapped("vectors", "<f2")
         whole = str(zlib.crc32(vectors, zlib.crc32(keys))) == head["__metadata__"]["crc"]
-        return (keys, vectors) if whole and vectors.any(axis=1).all() else None # a zero row was never encoded
+        return (keys, vectors) if whole and vectors.any(axis=1).all() else None
     except (OSError, ValueError, KeyError, struct.error, MemoryError, OverflowError): return None
 
 # %% ../../nbs/21_text.vector_cache.ipynb #0d5f97ef
@@ -85,34 +85,41 @@ def look_up(folder: Path, # The store of one encoder
         out[hit], found[hit] = got[1][at[hit]], True
     return out, found
 
-# %% ../../nbs/21_text.vector_cache.ipynb #ee24ea57
-def encode_missing(folder: Path, keys, texts: list, encode, # encode(texts) -> float32 [n, d]
+# %% ../../nbs/21_text.vector_cache.ipynb #21a1c00c
+def encode_missing(folder: Path, # The store of one encoder
+                   keys, texts: list, # uint64 [n], sorted; the n texts
+                   encode, # encode(texts) -> float32 [n, d]
                    block: int = 4096): # Texts in one saved block
-    "Encode the texts that no file holds, saving block by block."
+    "Encode the texts that no file holds, longest first, saving block by block."
     todo = np.flatnonzero(~look_up(folder, keys)[1])
     todo = todo[np.argsort([len(texts[i]) for i in todo], kind="stable")[::-1]]
     for start in progress(range(0, len(todo), block), f"encoding {len(todo)} reviews"):
         rows = np.sort(todo[start:start + block])
-        write_vectors(folder / f"block-{content_sha(keys[rows])}.safetensors", keys[rows], encode([texts[i] for i in rows]))
+        name = f"block-{content_sha(keys[rows])}.safetensors"
+        write_vectors(folder / name, keys[rows], encode([texts[i] for i in rows]))
 
 # %% ../../nbs/21_text.vector_cache.ipynb #1beabcc5
+def _fill_store(folder: Path, path: Path, keys, texts: list, encode, block: int):
+    "Encode what is missing and write one file for the whole set of texts."
+    path.unlink(missing_ok=True)
+    encode_missing(folder, keys, texts, encode, block)
+    vectors, found = look_up(folder, keys)
+    if not found.all():
+        raise UserError(f"{(~found).sum():,} of {len(keys):,} review vectors vanished from {folder} while they were "
+                        "gathered: nothing was stored; run again.")
+    write_vectors(path, keys, vectors)
+    for old in folder.glob("block-*.safetensors"): old.unlink(missing_ok=True)
+
+# %% ../../nbs/21_text.vector_cache.ipynb #21a1c00d
 def cached_vectors(folder: Path, # The store of one encoder
                    texts: list, # n non-empty texts
                    encode, # encode(texts) -> float32 [n, d]; called only for unknown texts
                    block: int = 4096) -> tuple: # vectors float16 [distinct, d], memory-mapped; column int64 [n]
-    "Return the vectors of distinct texts and the column of each text, encoding only what is new; one process at a time."
+    "Return the vectors of distinct texts and the column of each text, encoding only what is new."
     from filelock import FileLock
     keys, first, column = np.unique(text_keys(texts), return_index=True, return_inverse=True)
     path = folder / f"{content_sha(keys)}.safetensors"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"): # a second run waits, then finds every vector
-        got = read_vectors(path)
-        if got is None:
-            path.unlink(missing_ok=True)
-            encode_missing(folder, keys, [texts[i] for i in first], encode, block)
-            vectors, found = look_up(folder, keys)
-            if not found.all(): raise UserError(f"{(~found).sum():,} of {len(keys):,} review vectors vanished from {folder} while they were gathered: nothing was stored; run again.")
-            write_vectors(path, keys, vectors)
-            for old in folder.glob("block-*.safetensors"): old.unlink(missing_ok=True)
-            got = read_vectors(path)
-    return got[1], column
+        if read_vectors(path) is None: _fill_store(folder, path, keys, [texts[i] for i in first], encode, block)
+        return read_vectors(path)[1], column
