@@ -1,143 +1,161 @@
-"""Baselines against independent implementations, closed forms and planted structure."""
+"""Baselines against independent implementations, closed forms, and what a model may read."""
+import sys
+from dataclasses import replace
+
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
 
-from sharp_distill.models.baselines import (
-    BASELINES, LightGCN, LightGCNConfig, fit_baseline, fit_ease, fit_gfcf, fit_itemknn, fit_lightgcn,
-    fit_rp3beta, fit_slim, fit_text_ease, item_graph)
 from sharp_distill.core import UserError
-from sharp_distill.data.interactions import from_frame
 from sharp_distill.data.evaluation import evaluate
-from sharp_distill.text.words import item_tfidf
+from sharp_distill.data.interactions import make_sample
 from sharp_distill.data.split import make_split
+from sharp_distill.models import baselines as b
+from sharp_distill.models.hypergraphs import random_interactions
+from sharp_distill.text.words import item_tfidf
+
+CLOSED = {"itemknn": b.fit_itemknn, "rp3beta": b.fit_rp3beta, "gfcf": b.fit_gfcf, "ease": b.fit_ease, "slim": b.fit_slim}
+USERS = np.arange(40)
 
 
-pytestmark = pytest.mark.usefixtures("quiet")
+@pytest.fixture(scope="module")
+def split(): return make_split(make_sample(seed=2, n_users=300, n_items=200), seed=0)
 
 
-def with_implicit(): return pytest.importorskip("implicit")
+@pytest.fixture(scope="module")
+def popular(split): return evaluate(b.fit_popularity(split), split).mean("NDCG@10")
 
 
+@pytest.mark.filterwarnings("ignore:Method expects CSR")
 def test_itemknn_is_implicits_cosine(split):
-    with_implicit()
+    pytest.importorskip("implicit")
     from implicit.nearest_neighbours import CosineRecommender
     R = split.train.to_csr()
     theirs = CosineRecommender(K=R.shape[1])
     theirs.fit(R, show_progress=False)
     theirs = theirs.similarity.toarray()
     np.fill_diagonal(theirs, 0)
-    assert np.allclose(item_graph(R, .5, 0, .5, n_neighbours=R.shape[1]).toarray(), theirs, atol=1e-5)
+    assert np.allclose(b.item_graph(R, .5, 0, .5, n_neighbours=R.shape[1]).toarray(), theirs, atol=1e-5)
 
 
-def test_item_graph_blocks_and_neighbours(split, monkeypatch):
+def test_item_graph_keeps_the_strongest_sources_across_blocks():
+    R = random_interactions(300, 4500, 9000) # 4,500 targets: more than one block
+    few, d = b.item_graph(R, .5, .5, 0., 5), np.maximum(np.asarray(R.sum(1)).ravel(), 1)
+    d_i = np.maximum(np.asarray(R.sum(0)).ravel(), 1)
+    assert (few.getnnz(0) <= 5).all() and not few.diagonal().any()
+    for i in (0, 3727, 3728, 4499): # the last block begins at 3,728
+        column = (R.multiply(d_i ** -.5).T @ (R[:, [i]].toarray().ravel() * d ** -.5)).ravel()
+        column[i] = 0
+        assert np.allclose(np.sort(few[:, [i]].toarray().ravel())[-5:], np.sort(column)[-5:], atol=1e-6)
+
+
+def test_ease_is_the_dense_inverse(split):
     R = split.train.to_csr()
-    full, few = item_graph(R, .6, .6, .2, R.shape[1]), item_graph(R, .6, .6, .2, 5)
-    assert (few.tocsc().getnnz(0) <= 5).all() and (full.diagonal() == 0).all()
-    for i in (0, 7, 100): # what is kept are the largest sources of each target
-        assert np.allclose(np.sort(few[:, [i]].data), np.sort(full[:, [i]].toarray().ravel())[-few[:, [i]].nnz:], atol=1e-7)
-
-
-def test_ease_ignores_the_order_of_users_and_follows_items(split):
-    R = split.train.to_csr()
-    B = fit_ease(split, 50.)(np.arange(split.n_users))
     exact = np.linalg.inv((R.T @ R).toarray().astype(float) + 50 * np.eye(R.shape[1]))
     exact = -exact / np.diag(exact)
     np.fill_diagonal(exact, 0)
-    assert np.allclose(B, R @ exact, atol=1e-4)
+    assert np.allclose(b.fit_ease(split, b.EASEConfig(50.))(USERS), R[USERS] @ exact, atol=1e-4)
 
 
-def test_text_reaches_items_without_train_rows():
-    gen = np.random.default_rng(0)
-    rows = [(f"u{u}", f"i{i}") for u in range(60) for i in gen.choice(np.arange(10) + 10 * (u % 2), 5, replace=False)]
-    split = make_split(from_frame(pd.DataFrame(rows, columns=["user_id", "item_id"])), seed=0)
-    cold = int(np.flatnonzero(split.train.item_ids == "i3")[0])
-    from dataclasses import replace
-    split = replace(split, train=split.train.take(split.train.item_idx != cold))
-    topic = np.eye(2)[[int(i[1:]) // 10 for i in split.train.item_ids]]
-    group = np.array([int(u[1:]) % 2 for u in split.train.user_ids])
-    ids, text = (s(np.arange(60))[:, cold] for s in (fit_ease(split, 5.), fit_text_ease(split, topic, 5., 1.)))
-    assert np.allclose(ids, 0) and text[group == 0].min() > text[group == 1].max() # both groups told apart, by text alone
+def test_a_ready_kernel_is_the_text_behind_it(split):
+    words = item_tfidf(split)
+    text, kernel = b.fit_text_ease(split, words), b.fit_kernel_ease(split, (words @ words.T).toarray())
+    assert np.allclose(text(USERS), kernel(USERS), atol=1e-5) and text.config == kernel.config == b.TextEASEConfig().to_dict()
 
 
-def test_bprmf_and_ials_learn(split):
-    with_implicit()
-    base = evaluate(fit_baseline("popularity", split), split).mean("NDCG@10")
-    for name in ("ials", "bprmf"): assert evaluate(fit_baseline(name, split), split).mean("NDCG@10") > 1.3 * base, name
+@pytest.mark.parametrize("name", CLOSED)
+def test_closed_forms_beat_popularity_and_read_train_only(split, popular, name):
+    scorer, empty = CLOSED[name](split), split.train.take(np.zeros(len(split.train), bool))
+    assert evaluate(scorer, split).mean("NDCG@10") > 1.3 * popular
+    assert scorer.n_params > 0 and scorer.n_bytes > 0 and scorer.train_s > 0
+    assert np.array_equal(scorer(USERS), CLOSED[name](replace(split, valid=empty, test=empty))(USERS))
+
+
+def test_every_scorer_carries_its_config(split):
+    pairs = [(b.fit_popularity, b.PopularityConfig()), (b.fit_itemknn, b.ItemKNNConfig(7, 3.)), (b.fit_gfcf, b.GFCFConfig(9)),
+             (b.fit_rp3beta, b.RP3betaConfig(11)), (b.fit_ease, b.EASEConfig(77.)), (b.fit_slim, b.SLIMConfig(2.)),
+             (b.fit_lightgcn, b.LightGCNConfig(epochs=0, emb_dim=4)), (b.fit_bprmf, b.BPRMFConfig(epochs=0, emb_dim=4))]
+    for fit, cfg in pairs:
+        scorer = fit(split, cfg)
+        assert type(cfg).from_dict(scorer.config) == cfg and scorer.name in fit.__name__
+
+
+def test_slim_counts_the_columns_that_did_not_converge(split, monkeypatch):
+    assert b.fit_slim(split).history == dict(columns=split.n_items, not_converged=0)
+    hurried = lambda R, cfg: whole(R, cfg, max_iter=1)
+    whole = b.slim_weights
+    monkeypatch.setattr(b, "slim_weights", hurried)
+    assert b.fit_slim(split, b.SLIMConfig(.01, 1.)).history["not_converged"] > split.n_items / 2
 
 
 def test_implicit_missing_is_one_clear_line(split, monkeypatch):
-    import builtins
-    real = builtins.__import__
-    import importlib
-    monkeypatch.setattr(importlib, "import_module", lambda name, *a: (_ for _ in ()).throw(ImportError(name)))
-    assert real
-    with pytest.raises(UserError, match="pip install implicit"): fit_baseline("ials", split)
+    for name in ("implicit", "implicit.cpu", "implicit.cpu.als"): monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="pip install implicit") as e: b.fit_ials(split)
+    assert "\n" not in str(e.value)
 
 
-def test_lightgcn_gradient_and_permutation(split):
+# --- models trained on pairs
+
+def net_of(R, **options): return b.LightGCN(R, b.LightGCNConfig(emb_dim=8, **options))
+
+
+@pytest.mark.parametrize("loss", ["bpr", "softmax", "mse"])
+def test_a_batch_pulls_its_items_pushes_others_and_leaves_train_items_alone(split, loss):
+    "The gradient of every item's score, where candidates are sampled: the signs of the loss, and the mask."
     R = split.train.to_csr()
-    cfg = LightGCNConfig(emb_dim=8, n_layers=3)
-    net, gen = LightGCN(R, cfg), np.random.default_rng(0)
-    pu, pi = gen.permutation(R.shape[0]), gen.permutation(R.shape[1])
-    moved = LightGCN(sp.csr_matrix(R[pu][:, pi]), cfg)
+    user = int(np.argmax(R.getnnz(1)))
+    own, n = R[user].indices, R.shape[1]
+    net = net_of(R, n_layers=0, reg=0., loss=loss, n_negatives=n - 1)
+    total, _ = b.pair_loss(net, R, torch.tensor([user]), torch.tensor([int(own[0])]), torch.Generator().manual_seed(0))
+    total.backward()
+    along = (net.item.grad @ net.user[user]).detach().numpy() # how the loss moves with each item's score
+    assert along[own[0]] < 0
+    assert not along[own[1:]].any()
+    others = np.delete(along, own)
+    assert (others >= 0).all() and (others > 0).sum() >= len(others) - 1 # one candidate is left out by the draw
+
+
+def test_lightgcn_follows_renumbering_and_cold_rows_stay_finite(split):
+    R, gen = split.train.to_csr(), np.random.default_rng(0)
+    net, pu, pi = net_of(R), gen.permutation(R.shape[0]), gen.permutation(R.shape[1])
+    moved = net_of(sp.csr_matrix(R[pu][:, pi]))
     with torch.no_grad(): moved.user.copy_(net.user[pu]); moved.item.copy_(net.item[pi])
     assert torch.allclose(moved()[0], net()[0][pu], atol=1e-6) and torch.allclose(moved()[1], net()[1][pi], atol=1e-6)
+    cold = R.tolil()
+    cold[3], cold[:, 5] = 0, 0
+    net = net_of(sp.csr_matrix(cold))
+    assert all(torch.isfinite(e).all() for e in net()) and torch.allclose(net()[0][3], net.user[3] / 4)
 
 
-def test_lightgcn_cold_vertices_stay_finite(split):
-    R = split.train.to_csr().tolil()
-    R[3], R[:, 5] = 0, 0
-    net = LightGCN(sp.csr_matrix(R), LightGCNConfig(emb_dim=4))
-    x, y = net()
-    assert torch.isfinite(x).all() and torch.isfinite(y).all() and torch.allclose(x[3], net.user[3] / 4)
-
-
-def test_lightgcn_learns_and_repeats(split):
+def test_a_seed_is_a_model_whatever_the_threads(split):
     threads = torch.get_num_threads()
     torch.set_num_threads(4) # gradients of repeated rows must not depend on which thread comes first
-    try: a, b, other = (fit_lightgcn(split, LightGCNConfig(epochs=12, seed=seed)) for seed in (0, 0, 1))
+    try: first, again, other = (b.fit_lightgcn(split, b.LightGCNConfig(epochs=2, seed=s)) for s in (0, 0, 1))
     finally: torch.set_num_threads(threads)
-    assert np.array_equal(a.item_emb, b.item_emb) # same seed, same model
-    assert not np.allclose(a.item_emb, other.item_emb, atol=1e-2)
-    popular = evaluate(fit_baseline("popularity", split), split).mean("NDCG@10")
-    assert evaluate(a, split).mean("NDCG@10") > 1.3 * popular
-    assert np.allclose(a(np.array([4, 2])), a.user_emb[[4, 2]] @ a.item_emb.T)
+    assert np.array_equal(first.item_emb, again.item_emb) and not np.allclose(first.item_emb, other.item_emb, atol=1e-2)
+    assert first.n_params == (split.n_users + split.n_items) * 64 and first.config["batch_size"] == 0
 
 
-def test_lightgcn_resumes(split, tmp_path):
-    cfg = LightGCNConfig(epochs=4)
-    whole = fit_lightgcn(split, cfg, tmp_path / "a.safetensors")
-    again = fit_lightgcn(split, cfg, tmp_path / "a.safetensors") # completed_trials: nothing is trained again
-    assert np.array_equal(whole.item_emb, again.item_emb)
+def test_lightgcn_resumes_where_it_was_stopped(split, tmp_path):
+    cfg, path, validations = b.LightGCNConfig(epochs=5, patience=5), tmp_path / "a.safetensors", []
+    def stop(n, ndcg):
+        if n == 3: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): b.fit_lightgcn(split, cfg, path, watch=stop)
+    resumed = b.fit_lightgcn(split, cfg, path, watch=lambda n, ndcg: validations.append(n))
+    whole = b.fit_lightgcn(split, cfg)
+    assert len(validations) == 3 # two epochs were done, three were left
+    assert np.array_equal(resumed.item_emb, whole.item_emb) and len(resumed.history.rows) == 5
 
 
-@pytest.mark.parametrize("name", [n for n in BASELINES if n != "ials"])
-def test_every_baseline_beats_popularity_and_counts_itself(split, name):
-    if name == "popularity": return
-    base = evaluate(fit_baseline("popularity", split), split).mean("NDCG@10")
-    scorer = fit_baseline(name, split, **(dict(item_text=item_tfidf(split)) if BASELINES[name].text else {}))
-    assert evaluate(scorer, split).mean("NDCG@10") > 1.3 * base
-    assert scorer.n_params > 0 and scorer.n_bytes > 0 and scorer.train_s > 0 and scorer.config
-    assert set(BASELINES[name].space) <= set(scorer.config)
+def test_test_rows_reach_no_training(split):
+    other = replace(split, test=split.test.take(np.arange(len(split.test)) % 2 == 0))
+    first, second = (b.fit_lightgcn(s, b.LightGCNConfig(epochs=2)) for s in (split, other))
+    assert np.array_equal(first.item_emb, second.item_emb)
 
 
-def test_models_read_train_only(split):
-    "Poisoned validation and test rows change nothing in a closed form."
-    from dataclasses import replace
-    empty = split.train.take(np.zeros(len(split.train), bool))
-    users = np.arange(split.n_users)
-    for fit in (fit_ease, fit_itemknn, fit_rp3beta, fit_gfcf, fit_slim):
-        assert np.array_equal(fit(split)(users), fit(replace(split, valid=empty, test=empty))(users)), fit.__name__
-
-
-@pytest.mark.parametrize("call, words", [
-    (lambda s: fit_baseline("eas", s), "Did you mean 'ease'"), (lambda s: fit_baseline("ease", s, regg=1), "Did you mean 'reg'"),
-    (lambda s: fit_ease(s, -1), "expected 0.001"), (lambda s: fit_baseline("ease+text", s), "item_text"),
-    (lambda s: fit_text_ease(s, np.ones((3, 2))), "one for each item"), (lambda s: fit_baseline("lightgcn", s, n_layer=2), "Did you mean 'n_layers'"),
-    (lambda s: fit_gfcf(s, n_dims=0), "n_dims"), (lambda s: fit_slim(s, l1=0), "l1")])
-def test_mistakes_are_one_line(split, call, words):
-    with pytest.raises(UserError, match=words) as e: call(split)
-    assert "\n" not in str(e.value)
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", [b.fit_lightgcn, b.fit_bprmf, b.fit_ials])
+def test_trained_models_beat_popularity(split, popular, fit):
+    if fit is b.fit_ials: pytest.importorskip("implicit")
+    assert evaluate(fit(split), split).mean("NDCG@10") > 1.2 * popular

@@ -75,13 +75,11 @@ import sys, time, numpy as np
 from pathlib import Path
 from sharp_distill.text.vector_cache import cached_vectors
 texts, folder = [f"text {i}" for i in range(200)], Path(sys.argv[1])
-def encode(ts):
-    time.sleep(.004 * int(sys.argv[2])) # without the lock, the quick would remove the blocks of the slow
-    return np.array([[float(t.split()[1]) + 1] for t in ts])
-for trial in range(2):
+encode = lambda ts: np.array([[float(t.split()[1]) + 1] for t in ts])
+for trial in range(8):
     (folder / f"ready {trial} {sys.argv[2]}").touch()
     while len(list(folder.glob(f"ready {trial} *"))) < 4: time.sleep(.001) # all four start at once
-    v, column = cached_vectors(folder / str(trial), texts, encode, block=7)
+    v, column = cached_vectors(folder / str(trial), texts, encode, block=20)
     assert v[column][:, 0].tolist() == [i + 1. for i in range(200)]
 """
 

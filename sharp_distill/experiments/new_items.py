@@ -132,7 +132,8 @@ def new_items_record(data: Interactions, name: str, seeds=(0,), share: float = .
     n_users, rows = len(results["student", "new items"].user_idx), _record_rows(results)
     return dict(dataset=name, data_sha=data.sha, split=new.split.sha, configs=configs, share=share, seeds=list(seeds),
                 encoder=encoder, n_items=data.n_items, n_new=len(new.items), train=len(new.split.train),
-                known=len(new.known), test=len(new.split.test), n_users=n_users, rows=rows, versions=versions(), machine=machine())
+                known=len(new.known), test=len(new.split.test), n_users=n_users, rows=rows,
+                versions=versions(), machine=machine())
 
 
 def _record_rows(results: dict) -> list: # (model, candidates) -> EvalResult; each tested against the student
@@ -142,7 +143,7 @@ def _record_rows(results: dict) -> list: # (model, candidates) -> EvalResult; ea
     return [dict(model=k[0], where=k[1], metrics={x: r.mean(x) for x in r.metrics}, **compared(k)) for k,
             r in results.items()]
 
-# %% ../../nbs/57_experiments.new_items.ipynb #c2fae344
+# %% ../../nbs/57_experiments.new_items.ipynb #2091260a
 def new_items_frame(record: dict,
                     metric: str = "NDCG@10") -> pd.DataFrame: # model x (new items, full catalogue, p of each)
     "Lay a record out, one row a model."

@@ -60,7 +60,7 @@ class DataConfig(Config):
                             f"list that is measured.")
         return data
 
-# %% ../../nbs/52_experiments.run.ipynb #f669f6ed
+# %% ../../nbs/52_experiments.run.ipynb #db13c89c
 @dataclass(frozen=True)
 class PublishedSwitches(Config):
     "Parts of the method in the form in which they were printed."

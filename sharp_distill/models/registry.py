@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'LOG_REG', 'WIDTH', 'IDS', 'TEXT', 'ALONE', 'Method', 'register', 'method', 'methods', 'Fits', 'fit_method',
-           'ItemRidgeConfig', 'ItemRidgeNoSessionsConfig', 'DistilledConfig', 'shared_targets', 'IdOnlyConfig',
+           'ItemRidgeConfig', 'ItemRidgeNoSessionsConfig', 'IdOnlyConfig', 'DistilledConfig', 'shared_targets',
            'methods_frame', 'space_frame']
 
 # %% ../../nbs/39_models.registry.ipynb #84fc8a34
@@ -31,7 +31,7 @@ from .teacher import TeacherConfig, teacher_scorer, teacher_sessions, train_teac
 from .student import student_scorer
 from .distillation import NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets
 
-# %% ../../nbs/39_models.registry.ipynb #ac64c4e4
+# %% ../../nbs/39_models.registry.ipynb #cc72cf57
 @dataclass(frozen=True)
 class Method:
     "Everything about one method, in one place."
@@ -58,7 +58,7 @@ class Method:
         flat = self.config().flat()
         return {o: flat[o] for o in self.space}
 
-# %% ../../nbs/39_models.registry.ipynb #af646123
+# %% ../../nbs/39_models.registry.ipynb #2044d3d9
 GROUPS = ("baseline", "competing model", "part", "control", "teacher", "student")
 _METHODS = {}
 
@@ -86,7 +86,7 @@ def methods(*groups: str) -> list: # Names, in the order of registration
     "List the methods of some groups; of all groups when none is named."
     return [n for n, m in _METHODS.items() if not groups or m.group in groups]
 
-# %% ../../nbs/39_models.registry.ipynb #426f45a8
+# %% ../../nbs/39_models.registry.ipynb #ce93ad57
 @dataclass(frozen=True, eq=False)
 class Fits:
     "One split with its review vectors, the options chosen on it, and the methods fitted on it."
@@ -119,7 +119,7 @@ class Fits:
         return self.keep(("text", encoder),
                          lambda: item_text(self.split, encoder, reviews() if encoder != "tfidf" else None))
 
-# %% ../../nbs/39_models.registry.ipynb #dc2d57fc
+# %% ../../nbs/39_models.registry.ipynb #dca78a52
 def fit_method(name: str, split, reviews, # Of the same split
                cfg=None, # The method's config; None: its defaults
                fits: Fits | None = None, # What was fitted on this split before
@@ -139,7 +139,7 @@ def fit_method(name: str, split, reviews, # Of the same split
     return replace(scorer, name=name,
                    config=cfg.flat() | {k: v for k, v in (scorer.config or {}).items() if k not in cfg.flat()})
 
-# %% ../../nbs/39_models.registry.ipynb #6c6e2400
+# %% ../../nbs/39_models.registry.ipynb #fce03e55
 def _plain(fit): # Reads the split only
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, cfg)
 
@@ -156,7 +156,7 @@ LOG_REG = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), n_negatives=(256, 
 WIDTH = dict(emb_dim=(64, 128))
 IDS, TEXT = ("ids",), ("ids", "text")
 
-# %% ../../nbs/39_models.registry.ipynb #bbbe2444
+# %% ../../nbs/39_models.registry.ipynb #86beea9c
 for m in (
     Method("popularity", "popularity", "#949494", "v", "baseline", IDS, PopularityConfig, _plain(fit_popularity)),
     Method("itemknn", "ItemKNN", "#8C8C3C", "<", "baseline", IDS, ItemKNNConfig, _plain(fit_itemknn),
@@ -184,7 +184,7 @@ for m in (
            dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")), max_items=MAX_ITEMS),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #ba338f52
+# %% ../../nbs/39_models.registry.ipynb #ea432ea0
 def _texted(fit): # Reads review vectors, can be pruned
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, reviews, cfg, watch=watch)
 
@@ -199,7 +199,7 @@ def _fit_lighthgnn(split, reviews, cfg, fits=None, watch=None):
     "Fit LightHGNN on the soft labels of LightGCN."
     return fit_lighthgnn(split, reviews, fits.fit("lightgcn", cfg.seed), cfg, watch=watch)
 
-# %% ../../nbs/39_models.registry.ipynb #f50d3537
+# %% ../../nbs/39_models.registry.ipynb #831d0371
 for m in (
     Method("lightgcn+text", "LightGCN + text", "#D39200", "^", "competing model", TEXT, LightGCNConfig,
            _texted(fit_text_lightgcn), dict(LOG_REG, **WIDTH, n_layers=(1, 4, "int"), loss=("bpr", "softmax"),
@@ -219,12 +219,18 @@ for m in (
                 kd_temp=(.5, 8, "log")), learns_from="lightgcn", trained=True),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #ed4f8e3e
+# %% ../../nbs/39_models.registry.ipynb #c6f1db72
 @dataclass(frozen=True)
 class ItemRidgeConfig(Config):
     "Options of the item-item ridge as a method; ridge and text weight are chosen on validation."
     session_weight: float = option(TeacherConfig.session_weight,
-                                   "weight of a session's hyperedge beside a user's; 0: no times are read", lo=0.)
+                                   "weight of a session's hyperedge; 0: no times are read", lo=0.)
+
+
+@dataclass(frozen=True)
+class ItemRidgeNoSessionsConfig(ItemRidgeConfig):
+    "Options of the item-item ridge without sessions."
+    session_weight: float = option(0., "no times are read", lo=0., hi=0.)
 
 
 def _fit_item_ridge(split, reviews, cfg, fits=None, watch=None):
@@ -234,20 +240,46 @@ def _fit_item_ridge(split, reviews, cfg, fits=None, watch=None):
     return replace(item_scorer("item_ridge", split, found.B, found.train_s, found.options), state=found)
 
 
-@dataclass(frozen=True)
-class ItemRidgeNoSessionsConfig(ItemRidgeConfig):
-    "Options of the item-item ridge without sessions."
-    session_weight: float = option(0., "no times are read", lo=0., hi=0.)
+for m in (
+    Method("item_ridge_no_sessions", "item-item ridge, no times", "#6A6A9A", "<", "part", TEXT,
+           ItemRidgeNoSessionsConfig,
+           _fit_item_ridge, max_items=MAX_ITEMS),
+    Method("item_ridge", "item-item ridge", "#44447A", ">", "part", (*TEXT, "times"), ItemRidgeConfig, _fit_item_ridge,
+           max_items=MAX_ITEMS)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #ec0da6a8
+# %% ../../nbs/39_models.registry.ipynb #88d5ae41
+@dataclass(frozen=True)
+class IdOnlyConfig(NoDistillationConfig):
+    "Options of the student without distillation and without review vectors."
+    use_text: bool = option(False, "give the student the review vectors")
+
+
+def _fit_alone(split, reviews, cfg, fits=None, watch=None):
+    "Train a student on hard labels only."
+    return student_scorer(distill(None, split, reviews, cfg))
+
+
+ALONE = dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"), patience=(15, 30))
+for m in (
+    Method("student_id", "student, ids only", "#DDAACC", "P", "control", IDS, IdOnlyConfig, _fit_alone, ALONE,
+           trained=True),
+    Method("student_no_kd", "student without distillation", "#CC79A7", "X", "control", TEXT, NoDistillationConfig,
+           _fit_alone, ALONE, trained=True)): register(m)
+
+# %% ../../nbs/39_models.registry.ipynb #1bdd9f06
 def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
-    "Train the teacher; its item-item ridge, which no seed changes, is shared."
+    "Train the teacher; its item-item ridge is shared."
     if cfg.item_filter == "none" or split.n_items > MAX_ITEMS: return teacher_scorer(train_teacher(split, reviews, cfg))
     ridge = ItemRidgeConfig(session_weight=cfg.session_weight)
     found = fits.keep(("item_ridge", ridge.sha()), lambda: fit_method("item_ridge", split, reviews, ridge, fits))
     return teacher_scorer(train_teacher(split, reviews, cfg, item_filter=found.state))
 
-# %% ../../nbs/39_models.registry.ipynb #3d512f08
+
+register(Method("teacher", "teacher", "#000000", "*", "teacher", (*TEXT, "times"), TeacherConfig, _fit_teacher,
+                dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), trained=True))
+register_style("hgnn", "HGNN as published", "#000000", "d") # equation (3) as printed, timed in the speed pages only
+
+# %% ../../nbs/39_models.registry.ipynb #593fe0ed
 @dataclass(frozen=True)
 class DistilledConfig(Config):
     "Options of the student and of what it takes from its teacher."
@@ -257,11 +289,11 @@ class DistilledConfig(Config):
 
 def shared_targets(fits: Fits, cfg: DistilledConfig) -> tuple: # (TeacherState, DistillationTargets)
     "Return the teacher of a student's seed and the targets it gives, gathered once for all students that share them."
-    teacher = fits.fit("teacher", cfg.student.seed).state
-    gathered = cfg.targets.replace(kd_weight=1.) # their weight in the loss does not change them
-    key = ("targets", fits.config("teacher", seed=cfg.student.seed).sha(), gathered.sha(), cfg.student.emb_dim,
-           cfg.student.seed)
-    return teacher, fits.keep(key, lambda: gather_targets(teacher, cfg.student.emb_dim, gathered, cfg.student.seed))
+    # weighs, not gathers
+    seed, emb_dim, gathered = cfg.student.seed, cfg.student.emb_dim, cfg.targets.replace(kd_weight=1.)
+    teacher = fits.fit("teacher", seed).state
+    key = ("targets", fits.config("teacher", seed=seed).sha(), gathered.sha(), emb_dim, seed)
+    return teacher, fits.keep(key, lambda: gather_targets(teacher, emb_dim, gathered, seed))
 
 
 def _fit_student(split, reviews, cfg, fits=None, watch=None):
@@ -269,42 +301,13 @@ def _fit_student(split, reviews, cfg, fits=None, watch=None):
     teacher, targets = shared_targets(fits, cfg)
     return student_scorer(distill(teacher, split, reviews, cfg.student, cfg.targets, targets))
 
-# %% ../../nbs/39_models.registry.ipynb #967a52b0
-@dataclass(frozen=True)
-class IdOnlyConfig(NoDistillationConfig):
-    "The same without review vectors."
-    use_text: bool = option(False, "give the student the review vectors")
 
+register(Method("student", "student", "#D55E00", "o", "student", (*TEXT, "teacher"), DistilledConfig, _fit_student,
+                dict(
+    lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"), init_ridge=(.003, .3,
+                                                                          "log")), learns_from="teacher", trained=True))
 
-def _fit_alone(split, reviews, cfg, fits=None, watch=None):
-    "Train a student on hard labels only."
-    return student_scorer(distill(None, split, reviews, cfg))
-
-# %% ../../nbs/39_models.registry.ipynb #b84bf3a4
-ALONE = dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"), patience=(15, 30))
-for m in (
-    Method("student_id", "student, ids only", "#DDAACC", "P", "control", IDS, IdOnlyConfig, _fit_alone, ALONE,
-           trained=True),
-    Method("student_no_kd", "student without distillation", "#CC79A7", "X", "control", TEXT, NoDistillationConfig,
-           _fit_alone,
-           ALONE, trained=True),
-    Method("item_ridge_no_sessions", "item-item ridge, no times", "#6A6A9A", "<", "part", TEXT,
-           ItemRidgeNoSessionsConfig,
-           _fit_item_ridge, max_items=MAX_ITEMS),
-    Method("item_ridge", "item-item ridge", "#44447A", ">", "part", (*TEXT, "times"), ItemRidgeConfig, _fit_item_ridge,
-           max_items=MAX_ITEMS),
-    Method("teacher", "teacher", "#000000", "*", "teacher", (*TEXT, "times"), TeacherConfig, _fit_teacher,
-           dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), trained=True),
-    Method("student", "student", "#D55E00", "o", "student", (*TEXT, "teacher"), DistilledConfig, _fit_student, dict(
-        lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"), init_ridge=(.003, .3,
-            "log")), learns_from="teacher", trained=True),
-): register(m)
-
-# %% ../../nbs/39_models.registry.ipynb #9a58fe2c
-# the networks of equation (3), timed in the speed pages only
-register_style("hgnn", "HGNN as published", "#000000", "d")
-
-# %% ../../nbs/39_models.registry.ipynb #951eb0d0
+# %% ../../nbs/39_models.registry.ipynb #90c6911f
 def methods_frame() -> pd.DataFrame: # One row a method
     "List the methods with what they are and read."
     rows = [dict(name=n, label=m.label, group=m.group, reads=", ".join(m.reads), options=len(m.config.names()),

@@ -100,11 +100,12 @@ def plot_tradeoff(df: pd.DataFrame, # model, mean, latency_ms; where known low, 
     "Draw quality against latency, one point a model, one panel a data set."
     need_columns(df, ("model", "mean", "latency_ms"))
     groups = dict(list(df.groupby("dataset", sort=False))) if "dataset" in df else {"": df}
-    title, axes = "What does speed cost in quality? Up and left is better", new_axes(axes, len(groups), size=(3.6, 3.2))
+    legend, title = len(groups) > 1 or len(df) > 5, "What does speed cost in quality? Up and left is better"
+    axes = new_axes(axes, len(groups), size=(3.6, 3.2), beside=2. * legend)
     for ax, (name, part) in zip(axes, groups.items()):
         points = _tradeoff(ax, part)
         ax.set(xlabel=xlabel, ylabel=metric if ax is axes[0] else "", title=name or title)
-    label_lines(axes[-1], points, most=5 if len(groups) == 1 else 0)
+    label_lines(axes[-1], points, most=0 if legend else 5)
     if len(groups) > 1: axes[0].figure.suptitle(title, fontsize=10)
     return axes if len(groups) > 1 else axes[0]
 
@@ -268,7 +269,8 @@ def plot_growth(df: pd.DataFrame, # model, x, and one column a quantity
                 log=()): # Columns that take a log axis
     "Draw quantities against size, one panel each, one line a model."
     need_columns(df, ("model", "x", *quantities))
-    axes, sizes = new_axes(axes, len(quantities), size=(3.1, 2.9)), sorted(df["x"].unique())
+    sizes, beside = sorted(df["x"].unique()), 2. * (df["model"].nunique() > 5)
+    axes = new_axes(axes, len(quantities), size=(3.1, 2.9), beside=beside)
     for ax, (column, label) in zip(axes, quantities.items()):
         sns.lineplot(df, x="x", y=column, estimator=None, **by_model(df["model"]), ax=ax)
         log_scale(ax)

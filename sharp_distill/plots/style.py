@@ -115,14 +115,15 @@ def new_axes(axes, # An axis, an array of them, or None to make them
              n: int, # Panels
              size=(3., 2.8), # Inches of one panel
              across: int = 4, # Most panels in a row
+             beside: float = 0., # Inches kept for a legend on the right
              **options): # Of `plt.subplots`, such as sharey=True
     "Return a flat array of n axes in the house style."
     import matplotlib.pyplot as plt
     if axes is None:
         rows, columns = -(-n // across), min(n, across)
         with house_theme():
-            shape = dict(figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False)
-            axes = plt.subplots(rows, columns, **shape, **options)[1]
+            figsize = (size[0] * columns + beside, size[1] * rows)
+            axes = plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False, **options)[1]
         for spare in axes.flat[n:]: spare.set_axis_off()
     axes = np.ravel(axes)[:n]
     if len(axes) < n: raise UserError(f"{len(axes)} axes were passed for {n} panels.")
@@ -169,7 +170,7 @@ def log_scale(ax, which: str = "x"): # "x" or "y"; call it when the data are dra
     ax.set_xscale("log") if which == "x" else ax.set_yscale("log")
     low, high = ax.get_xlim() if which == "x" else ax.get_ylim()
     decades = abs(np.log10(high / low))
-    locator = MaxNLocator(5) if decades < .7 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
+    locator = MaxNLocator(3) if decades < .7 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
     axis.set_major_locator(locator); axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda x, _: short(x))); axis.set_minor_formatter(NullFormatter())
 
