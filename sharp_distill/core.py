@@ -68,7 +68,8 @@ def _typed(name, value, default):
 def _in_domain(name, value, lo, hi, choices):
     "Refuse a value outside its range or choices."
     if choices is not None and value not in choices:
-        raise UserError(f"{name} is {value!r}: expected one of {', '.join(map(repr, choices))}.{did_you_mean(value, choices)}")
+        near = did_you_mean(value, choices)
+        raise UserError(f"{name} is {value!r}: expected one of {', '.join(map(repr, choices))}.{near}")
     if lo is not None and not value >= lo:
         raise UserError(f"{name} is {value!r}: expected {lo} or more; the nearest good choice is {lo}.")
     if hi is not None and not value <= hi:
@@ -81,14 +82,58 @@ def part(kind, # A `Config` class
     "Declare a group of options: a `Config` inside a `Config`."
     return dataclasses.field(default_factory=kind, metadata=dict(part=kind, prefix=prefix))
 
+# %% ../nbs/00_core.ipynb #f0a00005
+@dataclass(frozen=True)
+class _Options:
+    "Options that can be listed by name."
+
+    @classmethod
+    def names(cls) -> dict: # Option -> (part it lies in, its name there); ("", name) for its own
+        "List the names by which options are reached; an own option hides a part's."
+        own = {f.name: ("", f.name) for f in dataclasses.fields(cls) if "part" not in f.metadata}
+        found = dict(own)
+        for f in dataclasses.fields(cls):
+            for name in f.metadata["part"].names() if "part" in f.metadata else ():
+                if name not in own: found.setdefault(f.metadata["prefix"] + name, (f.name, name))
+        return found
+
+    def flat(self) -> dict: # Option name -> value
+        "Return every option under the name by which it is reached."
+        return {k: getattr(self, at) if not p else getattr(self, p).flat()[at] for k, (p, at) in self.names().items()}
+
+    def to_dict(self) -> dict: # Option name -> value, a dictionary for each part; ready for JSON
+        "Return the options as a plain dictionary."
+        return dataclasses.asdict(self)
+
+    def sha(self) -> str: # 16 hexadecimal digits
+        "Return the hash that names this set of options."
+        return content_sha(type(self).__name__, self.to_dict())
+
+# %% ../nbs/00_core.ipynb #f0a00008
+def _by_place(options: _Options, changes: dict) -> tuple: # (own options, part -> its options)
+    "Sort new values to the parts they belong to, refusing unknown names."
+    names, own, parts = options.names(), {}, {}
+    inner = {f.name for f in dataclasses.fields(options) if "part" in f.metadata}
+    for name, value in changes.items():
+        if name in inner and isinstance(value, dict): parts.setdefault(name, {}).update(value)
+        elif name in inner: own[name] = value
+        elif name in names:
+            place, at = names[name]
+            (parts.setdefault(place, {}) if place else own)[at] = value
+        else:
+            near = did_you_mean(name, names) or f" Known: {', '.join(names)}."
+            raise UserError(f"{name!r} is not an option of {type(options).__name__}.{near}")
+    return own, parts
+
 # %% ../nbs/00_core.ipynb #371a77ec
 @dataclass(frozen=True)
-class Config:
+class Config(_Options):
     "A frozen, validated set of options; subclasses declare fields with `option`, and groups of them with `part`."
 
     def __post_init__(self):
-        own = {f.name: _typed(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self) if "help" in f.metadata}
-        for f in dataclasses.fields(self):
+        fields = dataclasses.fields(self)
+        own = {f.name: _typed(f.name, getattr(self, f.name), f.default) for f in fields if "help" in f.metadata}
+        for f in fields:
             value, m = own.get(f.name), f.metadata
             if "part" in m: value = getattr(self, f.name)._with_shared(own)
             elif "help" not in m: continue
@@ -101,45 +146,15 @@ class Config:
         return self.replace(**changed) if changed else self
 
     @classmethod
-    def names(cls) -> dict: # Option -> (part it lies in, its name there); ("", name) for its own
-        "List the names by which options are reached; an own option hides a part's."
-        own = {f.name: ("", f.name) for f in dataclasses.fields(cls) if "part" not in f.metadata}
-        found = dict(own)
-        for f in dataclasses.fields(cls):
-            for name in f.metadata["part"].names() if "part" in f.metadata else ():
-                if name not in own: found.setdefault(f.metadata["prefix"] + name, (f.name, name))
-        return found
-
-    @classmethod
     def from_dict(cls, options: dict): # Option name -> value, flat or nested; unknown names are refused
         "Build from a dictionary, refusing names that do not exist."
         return cls().replace(**options)
 
     def replace(self, **changes): # New values by option name
         "Return a copy with some options changed, validated again."
-        names, own, parts = self.names(), {}, {}
-        inner = {f.name for f in dataclasses.fields(self) if "part" in f.metadata}
-        for name, value in changes.items():
-            if name in inner and isinstance(value, dict): parts.setdefault(name, {}).update(value)
-            elif name in inner: own[name] = value
-            elif name in names: (parts.setdefault(names[name][0], {}) if names[name][0] else own)[names[name][1]] = value
-            else:
-                near = did_you_mean(name, names) or f" Known: {', '.join(names)}."
-                raise UserError(f"{name!r} is not an option of {type(self).__name__}.{near}")
+        own, parts = _by_place(self, changes)
         own |= {p: own.get(p, getattr(self, p)).replace(**options) for p, options in parts.items()}
         return dataclasses.replace(self, **own)
-
-    def to_dict(self) -> dict: # Option name -> value, a dictionary for each part; ready for JSON
-        "Return the options as a plain dictionary."
-        return dataclasses.asdict(self)
-
-    def flat(self) -> dict: # Option name -> value
-        "Return every option under the name by which it is reached."
-        return {k: getattr(self, at) if not p else getattr(self, p).flat()[at] for k, (p, at) in self.names().items()}
-
-    def sha(self) -> str: # 16 hexadecimal digits
-        "Return the hash that names this set of options."
-        return content_sha(type(self).__name__, self.to_dict())
 
 # %% ../nbs/00_core.ipynb #6fc57b6c
 def _feed(digest, part):
@@ -219,7 +234,8 @@ def write_json(path, # Target file
               ) -> Path: # The written file
     "Write `content` as JSON, whole or not at all."
     with whole_file(path) as tmp:
-        tmp.write_text(json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+        tmp.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
 
@@ -241,7 +257,9 @@ def cache_dir(*parts: str) -> Path: # The folder; it exists afterwards
     "Return (and make) a folder inside the cache."
     path = cache_root().joinpath(*parts)
     try: path.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"The cache folder {path} cannot be made ({e.strerror}): set SHARP_DISTILL_CACHE to a folder you can write to.") from None
+    except OSError as e:
+        raise UserError(f"The cache folder {path} cannot be made ({e.strerror}): "
+                        "set SHARP_DISTILL_CACHE to a folder you can write to.") from None
     return path
 
 # %% ../nbs/00_core.ipynb #d763eb28
@@ -287,8 +305,8 @@ def machine() -> dict: # Facts about the computer, none of them private
     import psutil
     import torch
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(cpu=_cpu_name(), threads=torch.get_num_threads(), ram_gib=round(psutil.virtual_memory().total / 2**30, 1),
-                gpu=gpu, system=platform.system())
+    ram_gib = round(psutil.virtual_memory().total / 2**30, 1)
+    return dict(cpu=_cpu_name(), threads=torch.get_num_threads(), ram_gib=ram_gib, gpu=gpu, system=platform.system())
 
 # %% ../nbs/00_core.ipynb #eab9a6eb
 def pick_device(name: str = "auto"): # "auto", "cpu", "cuda", "cuda:1", "mps"
@@ -297,7 +315,9 @@ def pick_device(name: str = "auto"): # "auto", "cpu", "cuda", "cuda:1", "mps"
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     try: torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device is {name!r}, which this machine does not have: expected 'auto', 'cpu', 'cuda' or 'mps'.{did_you_mean(name, ['cpu', 'cuda', 'mps'])}") from e
+        near = did_you_mean(name, ["cpu", "cuda", "mps"])
+        raise UserError(f"device is {name!r}, which this machine does not have: "
+                        f"expected 'auto', 'cpu', 'cuda' or 'mps'.{near}") from e
     return torch.device(name)
 
 # %% ../nbs/00_core.ipynb #e9c9b577

@@ -1,21 +1,18 @@
-"""The console script: the forms of the user's document, help from the notebooks, one line for a mistake."""
+"""The command line: every parameter is an option, the forms of the README arrive, a mistake is one line."""
 import configparser
-import json
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbformat import v4
 from typer.testing import CliRunner
 
-import sharp_distill.cli as cli
-from sharp_distill.data.interactions import make_sample
+import sharp_distill.app.cli as cli
 
 ROOT = Path(__file__).parent.parent
 SHELL = CliRunner(env={"COLUMNS": "160", "TERM": "dumb"})
-
-
-def shell(*words, cwd=ROOT): return subprocess.run([sys.executable, "-c", "from sharp_distill.app.cli import main; main()", *words], capture_output=True, text=True, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -25,73 +22,89 @@ def app(): return cli.build_app()
 @pytest.fixture
 def calls(monkeypatch):
     noted = []
-    monkeypatch.setattr(cli, "run_notebook", lambda name, given, out: noted.append((name, given)) or "noted")
+    monkeypatch.setattr(cli, "run_notebook", lambda path, given, out: noted.append((path.stem, given, out)) or "noted")
     return noted
 
 
+def cli_ends(monkeypatch, *words): # -> exit status
+    "Start the program with these words."
+    monkeypatch.setattr(sys, "argv", ["sharp_distill", *words])
+    with pytest.raises(SystemExit) as end: cli.run_cli()
+    return end.value.code
+
+
 @pytest.mark.parametrize("words, given", [
-    ("ablation --component deberta", {"component": "deberta"}), ("ablation --component positional_encoding", {"component": "positional_encoding"}),
-    ("ablation --analysis knowledge_transfer", {"analysis": "knowledge_transfer"}), ("sensitivity --param temperature --range 0.1,2.0", {"param": "temperature", "range": "0.1,2.0"}),
-    ("sensitivity --param embedding_dim --values 64,128", {"param": "embedding_dim", "values": "64,128"}), ("reproduce --dataset yelp", {"datasets": "yelp"}),
-    ("run --dataset yelp", {"dataset": "yelp"}), ("scalability --time-limit-s 5 --workers 2", {"time_limit_s": 5., "workers": 2})])
-def test_forms_of_the_document(app, calls, words, given):
+    ("ablation --component positional_encoding", {"component": "positional_encoding"}),
+    ("sensitivity --param alpha --range 0.0,1.0", {"param": "alpha", "range": "0.0,1.0"}),
+    ("scalability --time-limit-s 5 --workers 2", {"time_limit_s": 5., "workers": 2}),
+    ("reproduce --dataset amazon_cds", {"datasets": "amazon_cds"})])
+def test_values_arrive_in_their_types(app, calls, words, given):
     result = SHELL.invoke(app, words.split())
     assert result.exit_code == 0, result.output
-    assert calls == [(words.split()[0], given)]
+    assert calls[0][:2] == (words.split()[0], given)
 
 
-def test_help_lists_every_parameter(app):
-    for name in ("run", "reproduce", "ablation", "sensitivity", "scalability"):
+def test_the_executed_copy_lies_below_the_output_folder(app, calls, tmp_path):
+    SHELL.invoke(app, ["run", "--output-dir", str(tmp_path)])
+    SHELL.invoke(app, ["run", "--notebook", str(tmp_path / "mine.ipynb")])
+    assert [c[2] for c in calls] == [tmp_path / "notebooks" / "run.ipynb", tmp_path / "mine.ipynb"]
+    assert "notebook" not in calls[1][1]
+
+
+def test_every_run_notebook_is_a_command_with_all_its_parameters(app):
+    tagged = {p.stem for p in (ROOT / "nbs").glob("[a-z]*.ipynb") if '"parameters"' in p.read_text(encoding="utf-8")}
+    assert tagged <= set(cli.run_notebooks()) | {"index"} and {"run", "explore", "train_encoder"} <= tagged
+    for name, path in cli.run_notebooks().items():
         text = SHELL.invoke(app, [name, "--help"]).output
-        for p in cli.notebook_parameters(ROOT / "nbs" / f"{name}.ipynb"):
+        assert cli.summary_line(path), f"{name} has no summary line"
+        for p in cli.notebook_parameters(path):
             assert cli.option_names(p["name"], p["default"])[0].split("/")[0] in text, (name, p["name"])
-        assert "<int>" in text and "default" in text
 
 
-def test_script_is_declared_and_answers(tmp_path):
+def test_the_script_is_declared():
     ini = configparser.ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini", encoding="utf-8")
-    assert "sharp_distill=sharp_distill.cli:main" in ini["DEFAULT"]["console_scripts"].split()
-    done = shell("datasets", cwd=tmp_path)
-    assert done.returncode == 0 and "amazon_cds" in done.stdout and "made on the spot" in done.stdout
+    assert "sharp_distill=sharp_distill.app.cli:run_cli" in ini["DEFAULT"]["console_scripts"].split()
 
 
-def test_a_run_from_the_shell(tmp_path):
-    done = shell("ablation", "--component", "soft_labels", "--epochs", "1", "--student-epochs", "1", "--encoder", "none", "--emb-dim", "8", "--output-dir", "here", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "largest loss" in done.stdout and list((tmp_path / "here" / "ablation").glob("sample-components.*"))
-    executed = json.loads((tmp_path / "here" / "notebooks" / "ablation.ipynb").read_text())
-    assert any("soft_labels" in "".join(c["source"]) for c in executed["cells"])
+def test_the_module_is_the_program(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "sharp_distill.app.cli", "datasets"], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert done.returncode == 0 and "amazon_cds" in done.stdout and not done.stderr
 
 
-def test_a_table_of_ones_own_from_the_shell(tmp_path):
-    data = make_sample(seed=1, n_users=150)
-    rows = [f"{data.user_ids[u]};{data.item_ids[i]};{4 if row else 'vier'};d\u00e9j\u00e0 lu" for row, (u, i) in enumerate(zip(data.user_idx, data.item_idx))]
-    (tmp_path / "mine.csv").write_text("\n".join(["who;what;rating;review", *rows]), encoding="cp1252")
-    given = ["ablation", "--component", "soft_labels", "--epochs", "1", "--student-epochs", "1", "--encoder", "none", "--emb-dim", "8", "--output-dir", "here", "--dataset", "mine.csv"]
-    done = shell(*given, cwd=tmp_path)
-    assert done.returncode == 1 and "columns='user_id=NAME,item_id=NAME'" in done.stderr
-    done = shell(*given, "--columns", "user_id=who,item_id=what", "--encoding", "cp1252", "--bad-rows", "skip", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert list((tmp_path / "here" / "ablation").glob("mine-components.json"))
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    "A folder with one run notebook, which refuses a misspelt value."
+    cells = [v4.new_markdown_cell("# Toy\n\n> Is the value right?"), v4.new_code_cell("param: str = 'alpha'  # what"),
+             v4.new_code_cell("from sharp_distill.core import UserError\n"
+                              "if param != 'alpha': raise UserError(f'param is {param!r}: expected alpha.')")]
+    cells[1].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    (tmp_path / "nbs").mkdir()
+    nbformat.write(v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "nbs" / "run.ipynb")
+    monkeypatch.setattr(cli, "notebook_folder", lambda: tmp_path / "nbs")
+    return tmp_path
 
 
-def test_mistakes(app, tmp_path):
-    assert SHELL.invoke(app, ["ablation", "--componnet", "deberta"]).exit_code == 2 and SHELL.invoke(app, ["run", "--epochs", "many"]).exit_code == 2
-    kept = tmp_path / "notebooks" / "sensitivity.ipynb"
-    kept.parent.mkdir()
+def test_a_mistake_is_one_line_and_keeps_the_earlier_run(toy, monkeypatch, capsys):
+    "The one run through papermill and a kernel: what the notebook raises comes back as one line."
+    kept = toy / "outputs" / "notebooks" / "run.ipynb"
+    kept.parent.mkdir(parents=True)
     kept.write_text("an earlier run")
-    done = shell("sensitivity", "--param", "temprature", "--output-dir", str(tmp_path))
-    assert kept.read_text() == "an earlier run" and kept.with_name("sensitivity.unfinished.ipynb").exists()
-    said = [line for line in done.stderr.splitlines() if line.startswith("sharp_distill: ")] # a dying kernel may add noise of its own
-    assert done.returncode == 1 and len(said) == 1 and said[0].startswith("sharp_distill: param is 'temprature'") and "PapermillExecutionError" not in done.stderr
+    assert cli_ends(monkeypatch, "run", "--param", "alhpa") == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sharp_distill: ")]
+    assert said == ["sharp_distill: param is 'alhpa': expected alpha."]
+    assert kept.read_text() == "an earlier run" and kept.with_name("run.unfinished.ipynb").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
-    done = shell("run", "--output-dir", str(tmp_path / "file"))
-    assert done.returncode == 1 and "expected a folder you can write to" in done.stderr and "Traceback" not in done.stderr
+    assert cli_ends(monkeypatch, "run", "--output-dir", str(tmp_path / "file")) == 1
+    assert "expected one to write to" in capsys.readouterr().err
 
 
-def test_a_file_name_with_a_comma_is_one_data_set(tmp_path, monkeypatch):
-    path = tmp_path / "reviews, mine.csv"
-    path.write_text("user_id,item_id,review")
+def test_without_the_notebooks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli.sharp_distill, "__file__", str(tmp_path / "sharp_distill" / "__init__.py"))
     monkeypatch.chdir(tmp_path)
-    assert cli._absolute("dataset", path.name) == str(path.resolve())
+    assert cli_ends(monkeypatch, "run") == 1 and "expected a clone" in capsys.readouterr().err

@@ -3,6 +3,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from types import SimpleNamespace
 
@@ -70,24 +71,33 @@ def test_any_flipped_byte_is_noticed(tmp_path):
     assert refused > len(whole) / 6 # a blank of the header may change without harm
 
 
-SHARE = """
-import sys, time, numpy as np
+SECOND = """
+import sys, numpy as np
 from pathlib import Path
 from sharp_distill.text.vector_cache import cached_vectors
-texts, folder = [f"text {i}" for i in range(200)], Path(sys.argv[1])
-encode = lambda ts: np.array([[float(t.split()[1]) + 1] for t in ts])
-for trial in range(8):
-    (folder / f"ready {trial} {sys.argv[2]}").touch()
-    while len(list(folder.glob(f"ready {trial} *"))) < 4: time.sleep(.001) # all four start at once
-    v, column = cached_vectors(folder / str(trial), texts, encode, block=20)
-    assert v[column][:, 0].tolist() == [i + 1. for i in range(200)]
+folder = Path(sys.argv[1])
+def encode(texts):
+    (folder / "encoded").touch()
+    return np.array([[float(t.split()[1]) + 1] for t in texts])
+texts = [f"text {i}" for i in range(20)]
+(folder / "ready").touch()
+v, column = cached_vectors(folder / "store", texts, encode, block=5)
+assert v[column][:, 0].tolist() == [i + 1. for i in range(20)]
 """
 
 
-def test_four_processes_share_a_store(tmp_path):
-    runs = [subprocess.Popen([sys.executable, "-c", SHARE, str(tmp_path), str(k)]) for k in range(4)]
-    try: assert [r.wait(60) for r in runs] == [0] * 4
-    finally: [r.kill() for r in runs]
+def test_a_second_process_waits_and_finds_every_vector(tmp_path):
+    second = []
+    def encode(texts): # While the first process encodes, a second one wants the same texts
+        if not second:
+            second.append(subprocess.Popen([sys.executable, "-c", SECOND, str(tmp_path)]))
+            while not (tmp_path / "ready").exists() and second[0].poll() is None: time.sleep(.01)
+            stop = time.monotonic() + .3
+            while time.monotonic() < stop and not (tmp_path / "encoded").exists(): time.sleep(.01)
+        return np.array([[float(t.split()[1]) + 1] for t in texts])
+    v, column = cached_vectors(tmp_path / "store", [f"text {i}" for i in range(20)], encode, block=5)
+    assert second[0].wait(60) == 0 and not (tmp_path / "encoded").exists()
+    assert v[column][:, 0].tolist() == [i + 1. for i in range(20)] and not list(tmp_path.glob("store/block-*"))
 
 
 def test_a_stored_row_of_zeros_is_repaired(tmp_path):

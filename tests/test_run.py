@@ -1,83 +1,113 @@
-"""The run notebook through papermill at small size: a complete record, and mistakes that stop it in one line."""
+"""The run notebook through papermill as the README says, every other run notebook once at small size, and mistakes in one line."""
+import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, execute
 
-from sharp_distill.experiments.record import check_run
+from sharp_distill.core import UserError
+from sharp_distill.experiments.record import check_record
+from sharp_distill.experiments.run import RunConfig, prepare, run_config
+from sharp_distill.serve.recommender import Recommender
 
-ROOT = Path(__file__).parent.parent
-SMALL = ["-p", "epochs", "3", "-p", "student_epochs", "1", "-p", "emb_dim", "32", "-p", "n_queries", "10"]
+SMALL = dict(teacher_epochs=3, epochs=1, emb_dim=32, n_queries=10)
+TINY = dict(teacher_epochs=1, epochs=1, emb_dim=16, encoder="none", seeds=1)
 
 
-def papermill(out, *parameters):
-    "Run the notebook with the environment's own papermill."
-    command = [sys.executable, "-m", "papermill", "run.ipynb", str(out), *parameters]
-    return subprocess.run(command, cwd=ROOT / "nbs", capture_output=True, text=True)
+def papermill(folder, out, **parameters):
+    given = [x for k, v in parameters.items() for x in ("-p", k, str(v))]
+    command = [sys.executable, "-m", "papermill", "nbs/run.ipynb", str(out), *given]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def completed_trials(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    done = papermill(folder / "out.ipynb", "-p", "output_dir", str(folder / "outputs"), *SMALL)
+def run(tmp_path_factory):
+    "Started beside nbs/, as the document's own command does: results belong into outputs/, not beside the repository."
+    clone = tmp_path_factory.mktemp("run") / "clone"
+    clone.mkdir()
+    (clone / "nbs").symlink_to(ROOT / "nbs")
+    done = papermill(clone, "out.ipynb", **SMALL)
     assert done.returncode == 0, done.stderr[-3000:]
-    return next((folder / "outputs").glob("sample/*/run.json"))
+    assert not (clone.parent / "outputs").exists()
+    return next((clone / "outputs").glob("sample/*/run.json"))
 
 
-def test_record_is_complete(completed_trials):
-    record = check_run(completed_trials)
-    assert record["config"]["epochs"] == 3 and record["split"]["protocol"] == "random"
+@pytest.mark.xdist_group("run")
+def test_the_record_is_complete_and_learned_something(run):
+    record = check_record(run)
+    assert record["config"]["teacher_epochs"] == 3 and record["config"]["epochs"] == 1 and record["split"]["protocol"] == "random"
     ndcg = {name: m["metrics"]["NDCG@10"]["mean"] for name, m in record["models"].items()}
-    assert ndcg["teacher"] > 2 * ndcg["popularity"] and ndcg["student"] > 2 * ndcg["popularity"]
+    assert list(ndcg) == ["popularity", "ease", "lightgcn", "ease+tfidf", "student_no_kd", "teacher", "student"]
+    assert ndcg["teacher"] > 2 * ndcg["popularity"] and ndcg["student"] > 2 * ndcg["popularity"] < ndcg["ease"] < ndcg["ease+tfidf"]
 
 
-def test_figures_and_student_are_there(completed_trials):
-    names = {p.name for p in completed_trials.parent.iterdir()}
-    for figure in ("quality", "speed", "quality_against_latency", "retention", "sensitivity", "training"): assert {f"{figure}.png", f"{figure}.csv"} <= names
-    from sharp_distill.serve.recommender import load_recommender, recommend
-    rec = load_recommender(completed_trials.parent / "student")
-    assert len(recommend(rec, [rec.user_ids[0]], k=5)) == 5
+@pytest.mark.xdist_group("run")
+def test_figures_and_a_student_ready_to_serve(run):
+    names = {p.name for p in run.parent.iterdir()}
+    for figure in ("quality", "speed", "quality_against_latency", "retention", "sensitivity", "training"):
+        assert {f"{figure}.png", f"{figure}.csv"} <= names
+    rec, split = Recommender.load(run.parent / "student"), prepare(RunConfig(encoder="none")).split
+    held = {(u, i) for p in (split.train, split.valid, split.test) for u, i in zip(split.train.user_ids[p.user_idx], split.train.item_ids[p.item_idx])}
+    lists = rec.recommend(rec.user_ids[:200], k=10)
+    assert len(lists) == 2000 and not held & set(zip(lists.user_id, lists.item_id)) # nobody is shown what they already have
 
 
-def test_a_failing_run_leaves_earlier_outputs(completed_trials):
-    before = {p: p.read_bytes() for p in completed_trials.parent.rglob("*") if p.is_file()}
-    out = completed_trials.parent.parent.parent
-    done = papermill(out / "bad.ipynb", "-p", "output_dir", str(out), "-p", "epocs", "3")
-    assert done.returncode != 0 and "'epocs' is not an option of RunConfig. Did you mean 'epochs'?" in done.stderr
-    assert before == {p: p.read_bytes() for p in completed_trials.parent.rglob("*") if p.is_file()}
+@pytest.mark.xdist_group("run")
+def test_a_misspelt_parameter_stops_before_anything_is_written(run):
+    before = {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()}
+    done = papermill(run.parents[3], "bad.ipynb", epocs=3)
+    last = [line for line in done.stderr.splitlines() if line.startswith("UserError")]
+    assert done.returncode != 0 and "'epocs' is not an option of RunConfig. Did you mean 'epochs'?" in last[-1]
+    assert before == {p: p.read_bytes() for p in run.parent.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("parameter, value, line", [("dataset", "smaple", "sample"), ("k", "0", "k is 0"), ("encoder", "no/such/encoder", "no/such/encoder"), ("k_core", "500", "500")])
-def test_mistakes_stop_in_one_line(tmp_path, parameter, value, line):
-    done = papermill(tmp_path / "out.ipynb", "-p", "output_dir", str(tmp_path), "-p", parameter, value)
-    last = [x for x in done.stderr.splitlines() if x.startswith("UserError")]
-    assert done.returncode != 0 and last and line in last[-1], done.stderr[-1500:]
+@pytest.mark.parametrize("options, words", [
+    (dict(dataset="smaple"), "sample"), (dict(k=0), "k is 0"), (dict(encoder="no/such/encoder"), "no/such/encoder"), (dict(k_core=500), "500"),
+    (dict(epocs=3), "Did you mean 'epochs'"), (dict(models="ease,studnet"), "Did you mean 'student'"), (dict(alpha=.3), "contrast")])
+def test_mistakes_are_one_line(options, words):
+    with pytest.raises(UserError, match=words) as e:
+        cfg = run_config(options)
+        cfg.model_names
+        prepare(cfg)
+    assert "\n" not in str(e.value)
 
 
-def test_parameters_are_documented():
+OTHERS = {
+    "ablation": TINY | dict(component="soft_labels"), "sensitivity": TINY | dict(param="alpha", values="0,1"),
+    "scalability": TINY | dict(shares="0.5,1", nodes="300,600"), "reproduce": TINY | dict(models="popularity,student"),
+    "speed_report": dict(preset="quick", repeats=3, budget_s=3.0, text=False), "leaderboard": {}, "results": {}, "limits": None, "map": None,
+    "train_encoder": dict(n_windows=300, steps=10, adapt_steps=3, vocab_size=800),
+    "encoder_report": dict(encoders="none,tfidf", regs="300,600", text_weights="1,3")}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_other_run_notebook(name, tmp_path):
+    given = OTHERS[name]
+    reads = name in ("leaderboard", "results", "limits", "map") # these draw what is stored
+    cells = execute(ROOT / f"nbs/{name}.ipynb", given if given is None or reads else given | dict(output_dir=str(tmp_path)))
+    if not reads: assert list(tmp_path.rglob("*.json")), "the notebook left no record"
+    if name in ("ablation", "sensitivity", "scalability", "reproduce"):
+        assert list((tmp_path / name).glob("*.png")) and list((tmp_path / name).glob("*.csv"))
+        assert "".join(cells[-1].outputs[0]["text"]).strip() # it says what to notice
+    if name == "results": assert sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", [])) >= 6
+
+
+def test_the_front_page_is_made_from_what_is_stored():
+    "The table and the sentences of the README are outputs of index.ipynb, executed here."
+    cells = execute(ROOT / "nbs/index.ipynb")
+    made = [o["data"]["text/markdown"] for c in cells for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert made and all("".join(m).strip() in readme for m in made)
+
+
+def test_papermill_shows_the_help():
     done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", "run.ipynb"], cwd=ROOT / "nbs", capture_output=True, text=True)
     for name in ("dataset: str", "epochs: int", "lr: float"): assert name in done.stdout
 
 
-OTHERS = {"speed_report": dict(preset="quick", repeats=3, budget_s=3.0, text=False),
-          "train_encoder": dict(n_windows=300, n_steps=10, adapt_steps=3, vocab_size=800),
-          "encoder_report": dict(encoders="none,tfidf", regs="300,600", text_weights="1,3")}
-
-
-@pytest.mark.parametrize("name", [n for n in OTHERS if (ROOT / "nbs" / f"{n}.ipynb").exists()])
-def test_other_run_notebooks_at_small_size(tmp_path, name):
-    given = [x for k, v in {**OTHERS[name], "output_dir": str(tmp_path)}.items() for x in ("-p", k, str(v))]
-    done = subprocess.run([sys.executable, "-m", "papermill", f"{name}.ipynb", str(tmp_path / "out.ipynb"), *given], cwd=ROOT / "nbs", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert list(tmp_path.rglob("*.json")), "the notebook left no record"
-
-
-def test_started_beside_nbs_it_writes_into_outputs(tmp_path):
-    "The document's own command has no --cwd: its results belong into outputs/, not beside the repository."
-    (tmp_path / "clone").mkdir()
-    (tmp_path / "clone/nbs").symlink_to(ROOT / "nbs")
-    command = [sys.executable, "-m", "papermill", "nbs/run.ipynb", "out.ipynb", "-p", "encoder", "none", "-p", "epochs", "1", "-p", "student_epochs", "1", "-p", "sensitivity", "False", "-p", "emb_dim", "8"]
-    done = subprocess.run(command, cwd=tmp_path / "clone", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert list((tmp_path / "clone/outputs/sample").glob("*/run.json")) and not (tmp_path / "outputs").exists()
+def test_stored_results_are_records_of_the_default_run():
+    for path in sorted((ROOT / "outputs/results").glob("*.json")):
+        record = check_record(path)
+        default = RunConfig.from_dict(dict(dataset=record["dataset"])).flat() | dict(output_dir=None, dataset=record["dataset"])
+        assert json.loads(json.dumps(default)) == record["config"], path.name

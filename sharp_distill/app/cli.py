@@ -9,12 +9,12 @@ __all__ = ['notebook_folder', 'notebook_parameters', 'run_notebooks', 'summary_l
 # %% ../../nbs/64_app.cli.ipynb #ffcd9613
 import ast
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import papermill
 import sharp_distill
 import typer
 
@@ -31,23 +31,27 @@ def notebook_folder() -> Path:
                     "or the package installed from it by `pip install -e .`.")
 
 # %% ../../nbs/64_app.cli.ipynb #f5a75c1a
+def _cells(path) -> list: # [{"source", "metadata", ...}]
+    "Read the cells of a notebook."
+    return json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+
+
 def notebook_parameters(path) -> list: # [{"name", "default", "help"}], empty without a parameter cell
     "Read names, defaults and comments of a notebook's parameter cell."
-    found = papermill.inspect_notebook(str(path))
-    return [dict(name=n, default=ast.literal_eval(p["default"]), help=p["help"]) for n, p in found.items()]
+    text = "\n".join("".join(c["source"]) for c in _cells(path) if "parameters" in c["metadata"].get("tags", []))
+    after = lambda node: text.encode().splitlines()[node.end_lineno - 1][node.end_col_offset:].decode()
+    return [dict(name=n.target.id, default=ast.literal_eval(n.value), help=after(n).partition("#")[2].strip())
+            for n in ast.parse(text).body if isinstance(n, ast.AnnAssign)]
 
 
 def run_notebooks() -> dict: # Name -> path, in the order of the alphabet
     "List the run notebooks, which are the commands."
-    paths = sorted(notebook_folder().glob("[a-z]*.ipynb"))
-    return {p.stem: p for p in paths if '"parameters"' in p.read_text(encoding="utf-8") and notebook_parameters(p)}
+    return {p.stem: p for p in sorted(notebook_folder().glob("[a-z]*.ipynb")) if notebook_parameters(p)}
 
 # %% ../../nbs/64_app.cli.ipynb #0c5e61aa
 def summary_line(path) -> str:
     "Return the line under a notebook's title, which says what it answers."
-    import json
-    first = "".join(json.loads(Path(path).read_text(encoding="utf-8"))["cells"][0]["source"])
-    found = re.search(r"^> *(.+)$", first, re.M)
+    found = re.search(r"^> *(.+)$", "".join(_cells(path)[0]["source"]), re.M)
     return found.group(1) if found else ""
 
 # %% ../../nbs/64_app.cli.ipynb #0c5e61ac
@@ -77,6 +81,7 @@ def run_notebook(path, # Of a run notebook
                  given: dict, # Parameters that were given
                  out: Path) -> str: # What its last cell said
     "Execute a run notebook and keep the executed copy."
+    import papermill # takes a second, which --help need not wait for
     path, given = Path(path), {k: absolute(k, v) for k, v in given.items()}
     try: out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -48,9 +48,12 @@ MOST_EXACT = 2_000 # vertices for which the whole matrix of positions is compute
 
 def to_scipy(matrix) -> sp.csr_matrix: # A scipy matrix, an array, or a torch tensor, dense or sparse
     "Read a matrix of any kind as scipy CSR, float32."
-    if not torch.is_tensor(matrix): return sp.csr_matrix(matrix, dtype=np.float32)
-    t = matrix.detach().cpu().float().to_sparse_coo().coalesce()
-    return sp.csr_matrix((t.values().numpy(), t.indices().numpy()), shape=tuple(t.shape))
+    if torch.is_tensor(matrix):
+        t = matrix.detach().cpu().float().to_sparse_coo().coalesce()
+        matrix = sp.coo_matrix((t.values().numpy(), t.indices().numpy()), shape=tuple(t.shape))
+    m = sp.csr_matrix(matrix, dtype=np.float32, copy=True)
+    m.sum_duplicates()                                                  # and sorts, as torch expects
+    return m
 
 # %% ../../nbs/61_app.formulas.ipynb #4f7514fd
 def compute_hypergraph_position(hypergraph_incidence, # [N, E], vertices in rows; scipy, numpy or torch, dense or sparse

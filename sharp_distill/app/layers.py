@@ -31,7 +31,7 @@ class CompactGCN(nn.Module):
     def forward(self, adj_matrix: torch.Tensor, features: torch.Tensor) -> torch.Tensor: # [N, N], [N, input_dim]
         "Return the embedding of every vertex [N, output_dim]."
         if not torch.jit.is_scripting(): # the compiled module takes tensors only
-            adj_matrix = adj_matrix if torch.is_tensor(adj_matrix) else to_torch(adj_matrix)
+            adj_matrix = adj_matrix if torch.is_tensor(adj_matrix) else to_torch(to_scipy(adj_matrix))
         scale = (adj_matrix @ torch.ones_like(features[:, :1]) + 1) ** -.5
         rows = scale * self.linear(features)
         return scale * (adj_matrix @ rows + rows)

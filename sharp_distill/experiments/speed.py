@@ -168,7 +168,7 @@ def student_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int =
     soft = d.SoftLabels(*(np.resize(a, (R.shape[0], a.shape[1])) for a in (targets.soft.items, targets.soft.scores)))
     known = replace(targets, soft=soft)
     loss = lambda u, i, epoch, gen: d.distill_loss(target_cfg, model, known, R, u, d.draw_items(R, u, gen), epoch, gen)
-    some = gen.permutation(R.shape[0])[:cfg.batch_size] # every user of these graphs has a train item
+    some = gen.permutation(len(targets.users))[:cfg.batch_size] # of the gathered users; each has a train item
     step_s = _time_steps(model, (some, some), loss, cfg, n_steps)
     seconds = dict(gather_s=gather_s, init_s=init.s * cfg.emb_dim / n_columns)
     return _train_facts(model, cfg, step_s, R.shape[0], cfg.batch_size, **seconds)

@@ -31,7 +31,7 @@ from .teacher import TeacherConfig, teacher_scorer, teacher_sessions, train_teac
 from .student import student_scorer
 from .distillation import NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets
 
-# %% ../../nbs/39_models.registry.ipynb #cc72cf57
+# %% ../../nbs/39_models.registry.ipynb #8b65a234
 @dataclass(frozen=True)
 class Method:
     "Everything about one method, in one place."
@@ -58,7 +58,7 @@ class Method:
         flat = self.config().flat()
         return {o: flat[o] for o in self.space}
 
-# %% ../../nbs/39_models.registry.ipynb #2044d3d9
+# %% ../../nbs/39_models.registry.ipynb #cfc1061a
 GROUPS = ("baseline", "competing model", "part", "control", "teacher", "student")
 _METHODS = {}
 
@@ -86,7 +86,7 @@ def methods(*groups: str) -> list: # Names, in the order of registration
     "List the methods of some groups; of all groups when none is named."
     return [n for n, m in _METHODS.items() if not groups or m.group in groups]
 
-# %% ../../nbs/39_models.registry.ipynb #ce93ad57
+# %% ../../nbs/39_models.registry.ipynb #563bbead
 @dataclass(frozen=True, eq=False)
 class Fits:
     "One split with its review vectors, the options chosen on it, and the methods fitted on it."
@@ -119,7 +119,7 @@ class Fits:
         return self.keep(("text", encoder),
                          lambda: item_text(self.split, encoder, reviews() if encoder != "tfidf" else None))
 
-# %% ../../nbs/39_models.registry.ipynb #dca78a52
+# %% ../../nbs/39_models.registry.ipynb #1df2efa5
 def fit_method(name: str, split, reviews, # Of the same split
                cfg=None, # The method's config; None: its defaults
                fits: Fits | None = None, # What was fitted on this split before
@@ -139,7 +139,7 @@ def fit_method(name: str, split, reviews, # Of the same split
     return replace(scorer, name=name,
                    config=cfg.flat() | {k: v for k, v in (scorer.config or {}).items() if k not in cfg.flat()})
 
-# %% ../../nbs/39_models.registry.ipynb #fce03e55
+# %% ../../nbs/39_models.registry.ipynb #09befe55
 def _plain(fit): # Reads the split only
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, cfg)
 
@@ -156,7 +156,7 @@ LOG_REG = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), n_negatives=(256, 
 WIDTH = dict(emb_dim=(64, 128))
 IDS, TEXT = ("ids",), ("ids", "text")
 
-# %% ../../nbs/39_models.registry.ipynb #86beea9c
+# %% ../../nbs/39_models.registry.ipynb #bbe5a10e
 for m in (
     Method("popularity", "popularity", "#949494", "v", "baseline", IDS, PopularityConfig, _plain(fit_popularity)),
     Method("itemknn", "ItemKNN", "#8C8C3C", "<", "baseline", IDS, ItemKNNConfig, _plain(fit_itemknn),
@@ -184,7 +184,7 @@ for m in (
            dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")), max_items=MAX_ITEMS),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #ea432ea0
+# %% ../../nbs/39_models.registry.ipynb #d48f7592
 def _texted(fit): # Reads review vectors, can be pruned
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, reviews, cfg, watch=watch)
 
@@ -199,7 +199,7 @@ def _fit_lighthgnn(split, reviews, cfg, fits=None, watch=None):
     "Fit LightHGNN on the soft labels of LightGCN."
     return fit_lighthgnn(split, reviews, fits.fit("lightgcn", cfg.seed), cfg, watch=watch)
 
-# %% ../../nbs/39_models.registry.ipynb #831d0371
+# %% ../../nbs/39_models.registry.ipynb #88af50de
 for m in (
     Method("lightgcn+text", "LightGCN + text", "#D39200", "^", "competing model", TEXT, LightGCNConfig,
            _texted(fit_text_lightgcn), dict(LOG_REG, **WIDTH, n_layers=(1, 4, "int"), loss=("bpr", "softmax"),
@@ -219,7 +219,7 @@ for m in (
                 kd_temp=(.5, 8, "log")), learns_from="lightgcn", trained=True),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #c6f1db72
+# %% ../../nbs/39_models.registry.ipynb #52a6aa93
 @dataclass(frozen=True)
 class ItemRidgeConfig(Config):
     "Options of the item-item ridge as a method; ridge and text weight are chosen on validation."
@@ -247,7 +247,7 @@ for m in (
     Method("item_ridge", "item-item ridge", "#44447A", ">", "part", (*TEXT, "times"), ItemRidgeConfig, _fit_item_ridge,
            max_items=MAX_ITEMS)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #88d5ae41
+# %% ../../nbs/39_models.registry.ipynb #07138fc5
 @dataclass(frozen=True)
 class IdOnlyConfig(NoDistillationConfig):
     "Options of the student without distillation and without review vectors."
@@ -266,7 +266,7 @@ for m in (
     Method("student_no_kd", "student without distillation", "#CC79A7", "X", "control", TEXT, NoDistillationConfig,
            _fit_alone, ALONE, trained=True)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #1bdd9f06
+# %% ../../nbs/39_models.registry.ipynb #1809b17f
 def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
     "Train the teacher; its item-item ridge is shared."
     if cfg.item_filter == "none" or split.n_items > MAX_ITEMS: return teacher_scorer(train_teacher(split, reviews, cfg))
@@ -279,7 +279,7 @@ register(Method("teacher", "teacher", "#000000", "*", "teacher", (*TEXT, "times"
                 dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), trained=True))
 register_style("hgnn", "HGNN as published", "#000000", "d") # equation (3) as printed, timed in the speed pages only
 
-# %% ../../nbs/39_models.registry.ipynb #593fe0ed
+# %% ../../nbs/39_models.registry.ipynb #3d6130e2
 @dataclass(frozen=True)
 class DistilledConfig(Config):
     "Options of the student and of what it takes from its teacher."
@@ -307,7 +307,7 @@ register(Method("student", "student", "#D55E00", "o", "student", (*TEXT, "teache
     lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"), init_ridge=(.003, .3,
                                                                           "log")), learns_from="teacher", trained=True))
 
-# %% ../../nbs/39_models.registry.ipynb #90c6911f
+# %% ../../nbs/39_models.registry.ipynb #34dc553b
 def methods_frame() -> pd.DataFrame: # One row a method
     "List the methods with what they are and read."
     rows = [dict(name=n, label=m.label, group=m.group, reads=", ".join(m.reads), options=len(m.config.names()),

@@ -148,7 +148,7 @@ def plot_ratios(df: pd.DataFrame, # name, ratio; where known group (coloured)
     need_columns(df, ("name", "ratio"))
     df = df.assign(at=range(len(df)), group=df["group"] if "group" in df else "")
     colors = dict(zip(dict.fromkeys(df["group"]), (PALETTE[c] for c in ("blue", "orange", "green", "purple", "brown"))))
-    ax = new_axis(ax, (6.5, .28 * len(df) + 1))
+    ax = new_axis(ax, (6.8, .28 * len(df) + 1))
     sns.scatterplot(df, x="ratio", y="at", hue="group", palette=colors, s=45, linewidth=0, legend=False, ax=ax)
     for y, v in enumerate(df["ratio"]):
         ax.annotate(f"{v:.3g}", (v, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)

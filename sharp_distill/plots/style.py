@@ -170,7 +170,8 @@ def log_scale(ax, which: str = "x"): # "x" or "y"; call it when the data are dra
     ax.set_xscale("log") if which == "x" else ax.set_yscale("log")
     low, high = ax.get_xlim() if which == "x" else ax.get_ylim()
     decades = abs(np.log10(high / low))
-    locator = MaxNLocator(3) if decades < .7 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
+    subs = (1, 1.5, 2, 3, 5, 7) if decades < .9 else (1, 2, 5) if decades < 2.5 else (1,)
+    locator = MaxNLocator(4) if decades < .2 else LogLocator(subs=subs, numticks=99)
     axis.set_major_locator(locator); axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda x, _: short(x))); axis.set_minor_formatter(NullFormatter())
 

@@ -212,7 +212,7 @@ def _scan(index, users, exclude, k, engine): # -> float32 [B, tiles, STRIDE] max
     return maxima, filled
 
 # %% ../../nbs/41_serve.topk.ipynb #d846d85d
-def _surviving_blocks(maxima, error, k): # -> (rows, blocks)
+def _candidate_blocks(maxima, error, k): # -> (rows, blocks)
     "Return the blocks that may hold one of the k best, sorted by row."
     B, tiles, _ = maxima.shape
     merged = np.maximum.reduce(maxima.reshape(B, tiles // GROUP, GROUP, STRIDE), axis=2)
@@ -227,8 +227,8 @@ def _surviving_blocks(maxima, error, k): # -> (rows, blocks)
     return rows, block
 
 # %% ../../nbs/41_serve.topk.ipynb #0ebeee7a
-def _surviving_items(index, users, rows, block, exclude, k): # `exclude` sorted by row and place -> (rows, places)
-    "Return the items of the surviving blocks that may be among the k best."
+def _candidate_items(index, users, rows, block, exclude, k): # `exclude` sorted by row and place -> (rows, places)
+    "Return the items of the candidate blocks that may be among the k best."
     size = len(index.item)
     place = (block // STRIDE * TILE + block % STRIDE)[:, None] + np.arange(0, TILE, STRIDE)
     score = np.matmul(index.emb[place], users[rows][:, :, None])[:, :, 0]
@@ -261,7 +261,7 @@ def _rank(index, users, rows, place, k): # -> (int64 [B, k], float32 [B, k])
 def _search(index, users, k, exclude, engine): # `exclude`: rows and places, sorted by row and place
     "Return the exact top k of one batch by array operations."
     maxima, error = _scan(index, users, exclude, k, engine)
-    rows, block = _surviving_blocks(maxima, error, k)
+    rows, block = _candidate_blocks(maxima, error, k)
     if len(users) > 1 and len(rows) > 200_000:
         cut, parts = len(users) // 2, []
         for lo, hi in ((0, cut), (cut, len(users))):
@@ -269,7 +269,7 @@ def _search(index, users, k, exclude, engine): # `exclude`: rows and places, sor
             part = exclude[0][inside] - lo, exclude[1][inside]
             parts.append(_search(index, users[lo:hi], k, part, engine))
         return tuple(map(np.concatenate, zip(*parts)))
-    rows, place = _surviving_items(index, users, rows, block, exclude, k)
+    rows, place = _candidate_items(index, users, rows, block, exclude, k)
     return _rank(index, users, rows, place, k)
 
 
