@@ -43,7 +43,7 @@ def as_it_was():
 
 def execute(path, parameters=None, folder=ROOT / "nbs"):
     "Run a notebook in this process, its parameters replaced as papermill would; return its cells with outputs."
-    from execnb.nbio import read_nb
+    from fastcore.nbio import read_nb
     from execnb.shell import CaptureShell
     nb = read_nb(path)
     if parameters is not None:

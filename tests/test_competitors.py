@@ -13,9 +13,12 @@ from sharp_distill.models.baselines import LightGCNConfig, fit_lightgcn, fit_pop
 from sharp_distill.text.reviews import encode_reviews
 
 # name -> (fit, config class, reads text, learns from a teacher)
-MODELS = {"lightgcn+text": (c.fit_text_lightgcn, LightGCNConfig, True, False), "alpharec": (c.fit_alpharec, c.AlphaRecConfig, True, False),
-          "hccf": (c.fit_hccf, c.HCCFConfig, False, False), "hgatt": (c.fit_hgatt, c.HGAttConfig, False, False),
-          "simrec": (c.fit_simrec, c.SimRecConfig, False, True), "lighthgnn": (c.fit_lighthgnn, c.LightHGNNConfig, True, True)}
+MODELS = {"lightgcn+text": (c.fit_text_lightgcn, LightGCNConfig, True, False),
+          "alpharec": (c.fit_alpharec, c.AlphaRecConfig, True, False),
+          "hccf": (c.fit_hccf, c.HCCFConfig, False, False),
+          "hgatt": (c.fit_hgatt, c.HGAttConfig, False, False),
+          "simrec": (c.fit_simrec, c.SimRecConfig, False, True),
+          "lighthgnn": (c.fit_lighthgnn, c.LightHGNNConfig, True, True)}
 TEXT, STUDENTS = ([n for n, m in MODELS.items() if m[k]] for k in (2, 3))
 
 
@@ -44,7 +47,8 @@ def fit(name, split, reviews, teacher, **options):
 def test_repeats_and_reads_no_test_row(split, reviews, teacher, fitted, name):
     other = replace(split, test=split.test.take(np.arange(len(split.test)) % 2 == 0))
     again = fit(name, other, replace(reviews, split_sha=other.sha), teacher)
-    assert np.array_equal(again.item_emb, fitted[name].item_emb) and np.array_equal(again.user_emb, fitted[name].user_emb)
+    assert np.array_equal(again.item_emb, fitted[name].item_emb)
+    assert np.array_equal(again.user_emb, fitted[name].user_emb)
     assert fitted[name].name == name and MODELS[name][1].from_dict(again.config) == MODELS[name][1](epochs=1)
 
 

@@ -16,15 +16,20 @@ from sharp_distill.plots import boards, data, results, style
 
 ODD = "a$b^$_{c" # as a formula this stops matplotlib
 MODELS = ["student_no_kd", "teacher", "student", ODD]
-VALUES = pd.DataFrame(dict(model=MODELS, mean=[.1, .4, .3, .2], low=[.05, .35, .25, np.nan], high=[.15, .45, .35, np.nan]))
+ENDS = dict(low=[.05, .35, .25, np.nan], high=[.15, .45, .35, np.nan])
+VALUES = pd.DataFrame(dict(model=MODELS, mean=[.1, .4, .3, .2], **ENDS))
 SPEED, TABLE = VALUES.assign(latency_ms=[1., 50., 2., 3.], p95_ms=[2., 80., 3., 5.]), VALUES.set_index("model")
 EPOCHS = VALUES.merge(pd.DataFrame(dict(epoch=[0, 1])), how="cross").assign(valid=.1, fidelity=.5)
 SIZES = SPEED.merge(pd.DataFrame(dict(x=[10, 1000])), how="cross")
 USERS = VALUES[["model"]].merge(pd.DataFrame(dict(value=[0., .5, 1.])), how="cross")
-VARIANTS = pd.DataFrame(dict(variant=["full model", ODD, "none"], mean=[0., 3., -4.], low=[0., 2., np.nan], high=[0., 4., np.nan]))
-SWEEP = pd.DataFrame(dict(param=[ODD] * 2 + ["lr"] * 2, value=[1, 2, .1, .2], mean=[.2, .3, .3, .2], chosen=[True, False] * 2))
+VARIANTS = pd.DataFrame(dict(variant=["full model", ODD, "none"], mean=[0., 3., -4.],
+                             low=[0., 2., np.nan], high=[0., 4., np.nan]))
+SWEEP = pd.DataFrame(dict(param=[ODD] * 2 + ["lr"] * 2, value=[1, 2, .1, .2], mean=[.2, .3, .3, .2],
+                          chosen=[True, False] * 2))
 RUNS = pd.DataFrame({ODD: [1, 2], "retention": [.9, .95], "latency_ms": [1., 2.], "chosen": [True, False]})
-ENCODERS = pd.DataFrame(dict(dataset=ODD, encoder=["words", ODD], mean=[100., 90.], low=[95., 85.], high=[105., 95.], few=[False, True]))
+ENCODERS = pd.DataFrame(dict(dataset=ODD, encoder=["words", ODD], mean=[100., 90.], low=[95., 85.],
+                             high=[105., 95.], few=[False, True]))
+RATIOS = pd.DataFrame(dict(name=[ODD, "b"], ratio=[.5, 20.], group=[ODD, "c"]))
 LOG = pd.DataFrame(dict(step=[0, 1], quantity=ODD, value=[.1, .2]))
 PAIRS = pd.DataFrame(dict(a=["student", "student", ODD], b=[ODD, "text", "text"], cka=[.9, .5, .1]))
 REGIMES = pd.concat([SPEED.assign(regime=r, p50_ms=SPEED["latency_ms"]) for r in ("incremental", ODD)])
@@ -51,18 +56,19 @@ CASES = {
 }
 WITHOUT_STUDENT = {
     "plot_training": case(1, LOG, title=ODD, reference=(ODD, .3)), "plot_encoders": case(1, ENCODERS),
-    "plot_alignment": case(1, PAIRS), "plot_ratios": case(1, pd.DataFrame(dict(name=[ODD, "b"], ratio=[.5, 20.], group=[ODD, "c"]))),
-    "plot_tail": case(1, TAIL), "plot_lengths": case(1, LENGTHS), "plot_ratings": case(1, RATINGS), "plot_times": case(1, MONTHS),
+    "plot_alignment": case(1, PAIRS), "plot_ratios": case(1, RATIOS), "plot_tail": case(1, TAIL),
+    "plot_lengths": case(1, LENGTHS), "plot_ratings": case(1, RATINGS), "plot_times": case(1, MONTHS),
     "plot_card": case(4, TAIL, LENGTHS, RATINGS, MONTHS),
 }
-FIGURES = {n: f for room in (boards, data, results) for n, f in inspect.getmembers(room, inspect.isfunction) if n.startswith("plot_")}
+FIGURES = {name: f for module in (boards, data, results) for name, f in inspect.getmembers(module, inspect.isfunction)
+           if name.startswith("plot_")}
 
 
 def colours(axes):
     "Every colour that something is drawn in."
     lines = [l.get_color() for ax in axes for l in ax.lines]
-    areas = [c for ax in axes for p in (*ax.patches, *ax.collections) for c in np.atleast_2d(p.get_facecolor()) if len(c)]
-    return {to_hex(c) for c in lines + areas}
+    areas = [np.atleast_2d(p.get_facecolor()) for ax in axes for p in (*ax.patches, *ax.collections)]
+    return {to_hex(c) for c in lines + [c for area in areas for c in area if len(c)]}
 
 
 def test_every_figure_function_is_tried(): assert CASES.keys() | WITHOUT_STUDENT.keys() == FIGURES.keys()

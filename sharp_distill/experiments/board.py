@@ -219,7 +219,8 @@ def board_frame(rows: list, metric: str = "NDCG@10") -> pd.DataFrame: # One row 
         mean, low, high = t_interval([r["metrics"][metric] for r in rs])
         over = lambda k: float(np.mean([r[k] for r in rs]))
         one = len(rs) < 2 # a closed form has no interval over seeds
-        out[m] = {"label": method(m).label, "kind": method(m).kind, "seeds": len(rs), "mean": mean,
+        out[m] = {"label": method(m).label, "group": " + ".join(method(m).reads), "kind": method(m).kind,
+                  "seeds": len(rs), "mean": mean,
                   "low": mean if one else low,
                   "high": mean if one else high, "parameters": int(over("n_params")), "MiB": over("bytes") / 2**20,
                   "fit s": over("train_s")}

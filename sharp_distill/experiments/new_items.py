@@ -15,7 +15,8 @@ import pandas as pd
 from ..core import UserError, machine, progress, rng, versions
 from ..data.evaluation import Scorer, evaluate, holm, paired_test
 from ..data.interactions import Interactions
-from ..data.split import Split, assign_random, place_within
+from ..data.split import Split, assign_random
+from ..data.synthetic import place_within
 from ..text.reviews import ReviewEmbeddings, encode_reviews
 from ..text.words import item_tfidf
 from ..models.item_filter import fit_item_filter, item_gram, solve_ridge, text_gram
@@ -143,7 +144,7 @@ def _record_rows(results: dict) -> list: # (model, candidates) -> EvalResult; ea
     return [dict(model=k[0], where=k[1], metrics={x: r.mean(x) for x in r.metrics}, **compared(k)) for k,
             r in results.items()]
 
-# %% ../../nbs/57_experiments.new_items.ipynb #12a30e6e
+# %% ../../nbs/57_experiments.new_items.ipynb #654f5304
 OTHER_WAYS = {"chance": "chance", "words": "plain word matching"} # what is no method of the registry
 
 

@@ -60,7 +60,7 @@ class DataConfig(Config):
                             f"list that is measured.")
         return data
 
-# %% ../../nbs/52_experiments.run.ipynb #db13c89c
+# %% ../../nbs/52_experiments.run.ipynb #d203fdce
 @dataclass(frozen=True)
 class PublishedSwitches(Config):
     "Parts of the method in the form in which they were printed."
@@ -119,10 +119,9 @@ def _as_text(v): # A number or a mapping given for an option that is text
 def run_config(namespace: dict, # `globals()` of a notebook, right after its parameters
                kind=RunConfig): # The config class
     "Build a config from a notebook's parameters; refuse names that are no options."
-    plain, texts = (bool, int, float, str, list, tuple, dict, type(None)), {n for n,
-        v in kind().flat().items() if isinstance(v, str)}
-    given = {k: v for k, v in namespace.items() if isinstance(v, plain) and not k.startswith("_")
-             and k not in NOT_OPTIONS}
+    plain, texts = (bool, int, float, str, list, tuple, type(None)), {n for n, v in kind().flat().items() if isinstance(v, str)}
+    ours = lambda k: not k.startswith("_") and k not in NOT_OPTIONS
+    given = {k: v for k, v in namespace.items() if ours(k) and (isinstance(v, plain) or k in texts and isinstance(v, dict))}
     given = {k: _as_text(v) if k in texts else v for k, v in given.items()}
     if Path("nbs/run.ipynb").exists(): # started beside nbs/, not in it
         given = {k: v.removeprefix("../") if str(v).startswith("../outputs") else v for k, v in given.items()}

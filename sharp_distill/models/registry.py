@@ -31,13 +31,13 @@ from .teacher import TeacherConfig, teacher_scorer, teacher_sessions, train_teac
 from .student import student_scorer
 from .distillation import NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets
 
-# %% ../../nbs/39_models.registry.ipynb #8b65a234
+# %% ../../nbs/39_models.registry.ipynb #06358ca5
 @dataclass(frozen=True)
 class Method:
     "Everything about one method, in one place."
     name: str # Key in code, options and JSON
     label: str # For people
-    color: str # Of figures
+    color: str # Of figures: a name in `plots.style.PALETTE`; one colour a family
     marker: str
     group: str # baseline, competing model, part, control, teacher or student
     reads: tuple # Of "ids", "text", "times", "teacher"
@@ -58,7 +58,7 @@ class Method:
         flat = self.config().flat()
         return {o: flat[o] for o in self.space}
 
-# %% ../../nbs/39_models.registry.ipynb #cfc1061a
+# %% ../../nbs/39_models.registry.ipynb #15854aaa
 GROUPS = ("baseline", "competing model", "part", "control", "teacher", "student")
 _METHODS = {}
 
@@ -86,7 +86,7 @@ def methods(*groups: str) -> list: # Names, in the order of registration
     "List the methods of some groups; of all groups when none is named."
     return [n for n, m in _METHODS.items() if not groups or m.group in groups]
 
-# %% ../../nbs/39_models.registry.ipynb #563bbead
+# %% ../../nbs/39_models.registry.ipynb #7b3e6632
 @dataclass(frozen=True, eq=False)
 class Fits:
     "One split with its review vectors, the options chosen on it, and the methods fitted on it."
@@ -119,7 +119,7 @@ class Fits:
         return self.keep(("text", encoder),
                          lambda: item_text(self.split, encoder, reviews() if encoder != "tfidf" else None))
 
-# %% ../../nbs/39_models.registry.ipynb #1df2efa5
+# %% ../../nbs/39_models.registry.ipynb #36b03f75
 def fit_method(name: str, split, reviews, # Of the same split
                cfg=None, # The method's config; None: its defaults
                fits: Fits | None = None, # What was fitted on this split before
@@ -139,7 +139,7 @@ def fit_method(name: str, split, reviews, # Of the same split
     return replace(scorer, name=name,
                    config=cfg.flat() | {k: v for k, v in (scorer.config or {}).items() if k not in cfg.flat()})
 
-# %% ../../nbs/39_models.registry.ipynb #09befe55
+# %% ../../nbs/39_models.registry.ipynb #a311ab93
 def _plain(fit): # Reads the split only
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, cfg)
 
@@ -156,35 +156,35 @@ LOG_REG = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), n_negatives=(256, 
 WIDTH = dict(emb_dim=(64, 128))
 IDS, TEXT = ("ids",), ("ids", "text")
 
-# %% ../../nbs/39_models.registry.ipynb #bbe5a10e
+# %% ../../nbs/39_models.registry.ipynb #2a6ec188
 for m in (
-    Method("popularity", "popularity", "#949494", "v", "baseline", IDS, PopularityConfig, _plain(fit_popularity)),
-    Method("itemknn", "ItemKNN", "#8C8C3C", "<", "baseline", IDS, ItemKNNConfig, _plain(fit_itemknn),
+    Method("popularity", "popularity", "grey", "v", "baseline", IDS, PopularityConfig, _plain(fit_popularity)),
+    Method("itemknn", "ItemKNN", "brown", "<", "baseline", IDS, ItemKNNConfig, _plain(fit_itemknn),
            dict(n_neighbours=(20, 1000, "log"), shrink=(0, 100, "linear"))),
-    Method("rp3beta", "RP3beta", "#B8860B", ">", "baseline", IDS, RP3betaConfig, _plain(fit_rp3beta),
+    Method("rp3beta", "RP3beta", "brown", ">", "baseline", IDS, RP3betaConfig, _plain(fit_rp3beta),
            dict(n_neighbours=(20, 1000, "log"), alpha=(.2, 1.5, "linear"), beta=(0, 1, "linear"))),
-    Method("gfcf", "GF-CF", "#5F5F5F", "h", "baseline", IDS, GFCFConfig, _plain(fit_gfcf),
+    Method("gfcf", "GF-CF", "brown", "h", "baseline", IDS, GFCFConfig, _plain(fit_gfcf),
            dict(n_dims=(8, 512, "log"), low_pass=(.01, 3, "log")), trained=False),
-    Method("ease", "EASE", "#56B4E9", "s", "baseline", IDS, EASEConfig, _plain(fit_ease), dict(reg=(10, 5000, "log")),
+    Method("ease", "EASE", "sky", "s", "baseline", IDS, EASEConfig, _plain(fit_ease), dict(reg=(10, 5000, "log")),
            dict(reg=(100., 300., 1000.)), max_items=MAX_ITEMS),
-    Method("slim", "SLIM", "#3A9AB2", "d", "baseline", IDS, SLIMConfig, _plain(fit_slim),
+    Method("slim", "SLIM", "sky", "d", "baseline", IDS, SLIMConfig, _plain(fit_slim),
            dict(l1=(.01, 10, "log"), l2=(1, 500, "log"))),
-    Method("ials", "iALS", "#A6761D", "8", "baseline", IDS, IALSConfig, _plain(fit_ials),
+    Method("ials", "iALS", "green", "8", "baseline", IDS, IALSConfig, _plain(fit_ials),
            dict(emb_dim=(64, 128), reg=(.3, 100, "log"), alpha=(1, 50, "log"), epochs=(5, 40, "int")), trained=True),
-    Method("bprmf", "BPR-MF", "#C2A5CF", "p", "baseline", IDS, BPRMFConfig, _watched(fit_bprmf), dict(
+    Method("bprmf", "BPR-MF", "green", "p", "baseline", IDS, BPRMFConfig, _watched(fit_bprmf), dict(
         lr=(.005, .05, "log"), reg=(1e-3, .2, "log"), emb_dim=(64, 128), patience=(15, 5)), trained=True),
-    Method("lightgcn", "LightGCN", "#E69F00", "^", "baseline", IDS, LightGCNConfig, _watched(fit_lightgcn), dict(
+    Method("lightgcn", "LightGCN", "orange", "^", "baseline", IDS, LightGCNConfig, _watched(fit_lightgcn), dict(
         lr=(.003, .05, "log"), reg=(1e-4, .05, "log"), n_layers=(1, 4, "int"), loss=("bpr", "softmax"),
         cosine=(False, True), temperature=(.1, 1, "log"), emb_dim=(64, 128), n_negatives=(256, 0), patience=(5, 15)),
         trained=True),
-    Method("ease+tfidf", "EASE + TF-IDF", "#0072B2", "D", "baseline", TEXT, TextEASEConfig, _with_text("tfidf"),
+    Method("ease+tfidf", "EASE + TF-IDF", "blue", "D", "baseline", TEXT, TextEASEConfig, _with_text("tfidf"),
            dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")),
            dict(reg=(100., 300., 1000., 3000.), text_weight=(.5, 1., 3., 9.)), max_items=MAX_ITEMS),
-    Method("ease+deberta", "EASE + DeBERTa", "#084C8D", "D", "baseline", TEXT, TextEASEConfig, _with_text("shipped"),
+    Method("ease+deberta", "EASE + DeBERTa", "blue", "s", "baseline", TEXT, TextEASEConfig, _with_text("shipped"),
            dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")), max_items=MAX_ITEMS),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #d48f7592
+# %% ../../nbs/39_models.registry.ipynb #1197ae5d
 def _texted(fit): # Reads review vectors, can be pruned
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, reviews, cfg, watch=watch)
 
@@ -199,27 +199,27 @@ def _fit_lighthgnn(split, reviews, cfg, fits=None, watch=None):
     "Fit LightHGNN on the soft labels of LightGCN."
     return fit_lighthgnn(split, reviews, fits.fit("lightgcn", cfg.seed), cfg, watch=watch)
 
-# %% ../../nbs/39_models.registry.ipynb #88af50de
+# %% ../../nbs/39_models.registry.ipynb #bc89cf04
 for m in (
-    Method("lightgcn+text", "LightGCN + text", "#D39200", "^", "competing model", TEXT, LightGCNConfig,
+    Method("lightgcn+text", "LightGCN + text", "blue", "^", "competing model", TEXT, LightGCNConfig,
            _texted(fit_text_lightgcn), dict(LOG_REG, **WIDTH, n_layers=(1, 4, "int"), loss=("bpr", "softmax"),
            cosine=(False, True), temperature=(.1, 1, "log")), trained=True),
-    Method("alpharec", "AlphaRec", "#009E73", "P", "competing model", TEXT, AlphaRecConfig, _texted(fit_alpharec),
+    Method("alpharec", "AlphaRec", "blue", "P", "competing model", TEXT, AlphaRecConfig, _texted(fit_alpharec),
            dict(LOG_REG, **WIDTH, n_layers=(1, 3, "int"), temperature=(.05, .5, "log")), trained=True),
-    Method("hccf", "HCCF", "#F0A0C0", "p", "competing model", IDS, HCCFConfig, _watched(fit_hccf),
+    Method("hccf", "HCCF", "pink", "p", "competing model", IDS, HCCFConfig, _watched(fit_hccf),
            dict(LOG_REG, **WIDTH, n_layers=(1, 3, "int"), contrast=(1e-5, .01, "log"),
                 n_edges=(1, 128, "log")), trained=True),
-    Method("hgatt", "HGAtt", "#B07AA1", "H", "competing model", IDS, HGAttConfig, _watched(fit_hgatt),
+    Method("hgatt", "HGAtt", "pink", "H", "competing model", IDS, HGAttConfig, _watched(fit_hgatt),
            dict(LOG_REG, **WIDTH, n_layers=(1, 3, "int"), loss=("bpr", "softmax")), trained=True),
-    Method("simrec", "SimRec", "#7FBF7B", "8", "competing model", IDS, SimRecConfig, _fit_simrec,
+    Method("simrec", "SimRec", "orange", "v", "competing model", IDS, SimRecConfig, _fit_simrec,
            dict(LOG_REG, kd_weight=(.1, 10, "log"),
                 align_weight=(1e-3, .1, "log")), learns_from="lightgcn", trained=True),
-    Method("lighthgnn", "LightHGNN", "#1B7837", "d", "competing model", TEXT, LightHGNNConfig, _fit_lighthgnn,
+    Method("lighthgnn", "LightHGNN", "pink", "d", "competing model", TEXT, LightHGNNConfig, _fit_lighthgnn,
            dict(LOG_REG, **WIDTH, kd_weight=(.1, .95, "linear"),
                 kd_temp=(.5, 8, "log")), learns_from="lightgcn", trained=True),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #52a6aa93
+# %% ../../nbs/39_models.registry.ipynb #9ce433d2
 @dataclass(frozen=True)
 class ItemRidgeConfig(Config):
     "Options of the item-item ridge as a method; ridge and text weight are chosen on validation."
@@ -241,13 +241,13 @@ def _fit_item_ridge(split, reviews, cfg, fits=None, watch=None):
 
 
 for m in (
-    Method("item_ridge_no_sessions", "item-item ridge, no times", "#6A6A9A", "<", "part", TEXT,
+    Method("item_ridge_no_sessions", "item-item ridge, no times", "black", "<", "part", TEXT,
            ItemRidgeNoSessionsConfig,
            _fit_item_ridge, max_items=MAX_ITEMS),
-    Method("item_ridge", "item-item ridge", "#44447A", ">", "part", (*TEXT, "times"), ItemRidgeConfig, _fit_item_ridge,
+    Method("item_ridge", "item-item ridge", "black", ">", "part", (*TEXT, "times"), ItemRidgeConfig, _fit_item_ridge,
            max_items=MAX_ITEMS)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #07138fc5
+# %% ../../nbs/39_models.registry.ipynb #f1235d47
 @dataclass(frozen=True)
 class IdOnlyConfig(NoDistillationConfig):
     "Options of the student without distillation and without review vectors."
@@ -261,12 +261,12 @@ def _fit_alone(split, reviews, cfg, fits=None, watch=None):
 
 ALONE = dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log"), patience=(15, 30))
 for m in (
-    Method("student_id", "student, ids only", "#DDAACC", "P", "control", IDS, IdOnlyConfig, _fit_alone, ALONE,
+    Method("student_id", "student, ids only", "purple", "P", "control", IDS, IdOnlyConfig, _fit_alone, ALONE,
            trained=True),
-    Method("student_no_kd", "student without distillation", "#CC79A7", "X", "control", TEXT, NoDistillationConfig,
+    Method("student_no_kd", "student without distillation", "purple", "X", "control", TEXT, NoDistillationConfig,
            _fit_alone, ALONE, trained=True)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #1809b17f
+# %% ../../nbs/39_models.registry.ipynb #87115f63
 def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
     "Train the teacher; its item-item ridge is shared."
     if cfg.item_filter == "none" or split.n_items > MAX_ITEMS: return teacher_scorer(train_teacher(split, reviews, cfg))
@@ -275,11 +275,11 @@ def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
     return teacher_scorer(train_teacher(split, reviews, cfg, item_filter=found.state))
 
 
-register(Method("teacher", "teacher", "#000000", "*", "teacher", (*TEXT, "times"), TeacherConfig, _fit_teacher,
+register(Method("teacher", "teacher", "black", "*", "teacher", (*TEXT, "times"), TeacherConfig, _fit_teacher,
                 dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), trained=True))
-register_style("hgnn", "HGNN as published", "#000000", "d") # equation (3) as printed, timed in the speed pages only
+register_style("hgnn", "HGNN as published", "black", "d") # equation (3) as printed, timed in the speed pages only
 
-# %% ../../nbs/39_models.registry.ipynb #3d6130e2
+# %% ../../nbs/39_models.registry.ipynb #bc09613e
 @dataclass(frozen=True)
 class DistilledConfig(Config):
     "Options of the student and of what it takes from its teacher."
@@ -302,12 +302,12 @@ def _fit_student(split, reviews, cfg, fits=None, watch=None):
     return student_scorer(distill(teacher, split, reviews, cfg.student, cfg.targets, targets))
 
 
-register(Method("student", "student", "#D55E00", "o", "student", (*TEXT, "teacher"), DistilledConfig, _fit_student,
+register(Method("student", "student", "vermilion", "o", "student", (*TEXT, "teacher"), DistilledConfig, _fit_student,
                 dict(
     lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"), init_ridge=(.003, .3,
                                                                           "log")), learns_from="teacher", trained=True))
 
-# %% ../../nbs/39_models.registry.ipynb #34dc553b
+# %% ../../nbs/39_models.registry.ipynb #b6108603
 def methods_frame() -> pd.DataFrame: # One row a method
     "List the methods with what they are and read."
     rows = [dict(name=n, label=m.label, group=m.group, reads=", ".join(m.reads), options=len(m.config.names()),

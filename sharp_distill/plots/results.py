@@ -204,7 +204,8 @@ def plot_training(df: pd.DataFrame, # step, quantity (label), value
     if reference:
         ax.axhline(reference[1], color=PALETTE["grey"], ls=":", lw=1)
         lines[reference[0]] = (ax.get_xlim()[1], reference[1], dict(color="#666666"))
-    if df["value"].min() >= 0: ax.set_ylim(0, None)
+    highest = max([df["value"].max(), *([reference[1]] if reference else [])])
+    if df["value"].min() >= 0: ax.set_ylim(0, 1.05 * highest)
     ax.set(xlabel="step", ylabel=ylabel, title=title)
     label_lines(ax, lines)
     return ax
@@ -213,9 +214,9 @@ def plot_training(df: pd.DataFrame, # step, quantity (label), value
 def _difference_labels(ax, df, reach): # Written beside the end of each bar or interval
     "Write every change beside its bar."
     for y, row in enumerate(df.itertuples()):
-        left, lonely = row.mean < 0, getattr(row, "seeds", 2) < 2
+        left, single = row.mean < 0, getattr(row, "seeds", 2) < 2
         end = np.nanmin([row.mean, row.low]) if left else np.nanmax([row.mean, row.high])
-        ax.text(end + (-.02 if left else .02) * reach, y, f"{row.mean:+.1f} %" + "  (1 seed)" * lonely, va="center",
+        ax.text(end + (-.02 if left else .02) * reach, y, f"{row.mean:+.1f} %" + "  (1 seed)" * single, va="center",
                 ha="right" if left else "left", fontsize=8)
 
 # %% ../../nbs/03_plots.results.ipynb #c3d0000b

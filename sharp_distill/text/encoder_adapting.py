@@ -9,7 +9,6 @@ __all__ = ['N_LOOKS', 'PATIENCE', 'WARMUP', 'AdaptConfig', 'groups_of', 'draw_pa
 # %% ../../nbs/25_text.encoder_adapting.ipynb #25a1c003
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
