@@ -95,11 +95,11 @@ def test_teacher_inputs_are_recovered_with_sessions():
 
 def test_ratios_survive_a_machine_that_slows_down():
     calls = []
-    pause = lambda: .006 if len(calls) < 16 else .018
+    pause = lambda: .01 if len(calls) < 14 else .03
     def planted(times): return lambda: (calls.append(times), time.sleep(times * pause()))
-    times = time_interleaved({"one": planted(1), "three": planted(3)}, 15, warmup=1)
-    assert 2.4 < median_ratio(times, "three", "one") < 3.6
-    assert np.median(times["one"][8:]) > 2 * np.median(times["one"][:6]) # it did slow down
+    times = time_interleaved({"one": planted(1), "three": planted(3)}, 13, warmup=1)
+    assert 2 < median_ratio(times, "three", "one") < 4
+    assert np.median(times["one"][7:]) > 1.5 * np.median(times["one"][:5]) # it did slow down
 
 
 def test_queries_draw_given_users_and_report_planted_pauses():

@@ -119,10 +119,11 @@ NEW_SAMPLE = "sample, trained now"
 
 def choices(output_dir) -> dict: # Label -> (RunConfig, folder or None)
     "Return what can be opened: the runs with a stored student, a new sample, the committed results."
-    known = set(RunConfig.names())
-    config = lambda r: RunConfig.from_dict({k: v for k, v in r["config"].items() if k in known}
-                                           | dict(output_dir=str(output_dir)))
-    found = {label: (config(r), folder) for label, (folder, r) in find_runs(output_dir).items()}
+    found = {}
+    for label, (folder, record) in find_runs(output_dir).items():
+        options = {k: v for k, v in record["config"].items() if k in RunConfig.names()}
+        try: found[label] = (RunConfig.from_dict(options | dict(output_dir=str(output_dir))), folder)
+        except UserError: continue                                      # options that are refused today
     stored = {label: v for label, v in found.items() if v[1]}
     return {**stored, NEW_SAMPLE: (RunConfig(output_dir=str(output_dir)), None), **found}
 

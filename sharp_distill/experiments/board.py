@@ -11,7 +11,7 @@ __all__ = ['strata_rows', 'board_row', 'options_of', 'board_name', 'board_path',
 
 # %% ../../nbs/56_experiments.board.ipynb #a432dd43
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np

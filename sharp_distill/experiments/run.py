@@ -40,10 +40,9 @@ from .record import make_record
 class DataConfig(Config):
     "Which interactions are read."
     dataset: str = option("sample", "name, or path of a file")
-    k_core: int = option(0, "least rows a user and an item must have; 0: the data set's own default", lo=0)
+    k_core: int = option(0, "least rows a user and an item must have; 0: the default of the data set", lo=0)
     min_rating: float = option(0., "leave out lower ratings; 0 keeps all")
-    columns: str = option("", "the file's column names where they are not recognised, such as "
-                              "user_id=customer,item_id=product")
+    columns: str = option("", "names of columns that are not recognised, such as user_id=customer,item_id=product")
     encoding: str = option("utf-8", ENCODING_HELP)
     bad_rows: str = option("error", "a row that cannot be read", choices=("error", "skip"))
 
@@ -60,7 +59,7 @@ class DataConfig(Config):
                             f"list that is measured.")
         return data
 
-# %% ../../nbs/52_experiments.run.ipynb #d203fdce
+# %% ../../nbs/52_experiments.run.ipynb #fe7f623a
 @dataclass(frozen=True)
 class PublishedSwitches(Config):
     "Parts of the method in the form in which they were printed."
@@ -89,7 +88,7 @@ class RunConfig(Config):
                          "methods of the run, with commas")
     sensitivity: bool = option(True, "run the small sweep around the chosen values")
     n_queries: int = option(100, "queries timed for each model", lo=10)
-    output_dir: str = option("../outputs", "where the run's folder is made")
+    output_dir: str = option("../outputs", "where the folder of the run is made")
     precision: str = option("float32", "arithmetic of the trainings and of a neural encoder",
                             choices=("float32", "bfloat16"))
     device: str = option("auto", "auto, cpu, cuda, mps")
@@ -119,9 +118,11 @@ def _as_text(v): # A number or a mapping given for an option that is text
 def run_config(namespace: dict, # `globals()` of a notebook, right after its parameters
                kind=RunConfig): # The config class
     "Build a config from a notebook's parameters; refuse names that are no options."
-    plain, texts = (bool, int, float, str, list, tuple, type(None)), {n for n, v in kind().flat().items() if isinstance(v, str)}
+    plain, texts = (bool, int, float, str, list, tuple, type(None)), {n for n,
+                                                                      v in kind().flat().items() if isinstance(v, str)}
     ours = lambda k: not k.startswith("_") and k not in NOT_OPTIONS
-    given = {k: v for k, v in namespace.items() if ours(k) and (isinstance(v, plain) or k in texts and isinstance(v, dict))}
+    given = {k: v for k, v in namespace.items() if ours(k)
+             and (isinstance(v, plain) or k in texts and isinstance(v, dict))}
     given = {k: _as_text(v) if k in texts else v for k, v in given.items()}
     if Path("nbs/run.ipynb").exists(): # started beside nbs/, not in it
         given = {k: v.removeprefix("../") if str(v).startswith("../outputs") else v for k, v in given.items()}

@@ -25,7 +25,7 @@ from ..models.registry import methods
 from .run import RunConfig
 from .grid import Change, LaunchConfig, job_folder, launch, make_job
 
-# %% ../../nbs/54_experiments.studies.ipynb #b403b963
+# %% ../../nbs/54_experiments.studies.ipynb #eb49ee98
 @dataclass(frozen=True)
 class StudyConfig(Config):
     "Options that all studies share: those of a run, those of a launch, and the seeds."
@@ -46,7 +46,7 @@ def run_study(jobs: dict, cfg: StudyConfig) -> pd.DataFrame: # variant, seed, ru
     done = launch(list(jobs.values()), cfg.launch).set_index("run_id")
     return pd.DataFrame([dict(variant=v, seed=s, run_id=j.run_id, **done.loc[j.run_id]) for (v, s), j in jobs.items()])
 
-# %% ../../nbs/54_experiments.studies.ipynb #750f65c3
+# %% ../../nbs/54_experiments.studies.ipynb #83aed244
 def pick(text: str, known, what: str) -> list: # "all", one name, or several with commas
     "Split a list of names and refuse those that are not known."
     names = [n.strip() for n in str(text).split(",") if n.strip()]
@@ -72,7 +72,7 @@ def numbers(text: str, what: str, kind=float) -> tuple: # "64,128" -> (64, 128)
                         f"{','.join(f'{v:g}' for v in sorted(set(found)))}.")
     return found
 
-# %% ../../nbs/54_experiments.studies.ipynb #6b792f92
+# %% ../../nbs/54_experiments.studies.ipynb #2505d98c
 COMPONENTS = ("deberta", "contrastive_learning", "positional_encoding", "hypergraph", "interpolation", "soft_labels")
 
 
@@ -102,7 +102,7 @@ def without_distillation(name: str) -> Change:
     "The same student without a teacher."
     return Change(name, job=dict(model="student_no_kd"))
 
-# %% ../../nbs/54_experiments.studies.ipynb #f6bb4938
+# %% ../../nbs/54_experiments.studies.ipynb #3023343b
 def transfer_changes(cfg: RunConfig) -> list:
     "List the channels of the transfer, each alone from a random start."
     off, long = dict(soft_labels="none"), dict(epochs=cfg.teacher.epochs)
@@ -136,7 +136,7 @@ def text_changes() -> list:
     names = (("TF-IDF", "tfidf"), ("DeBERTa (shipped)", "shipped"), ("shuffled text", "shuffled"), ("no text", "none"))
     return [Change(name, run=dict(encoder=e)) for name, e in names]
 
-# %% ../../nbs/54_experiments.studies.ipynb #787b80fd
+# %% ../../nbs/54_experiments.studies.ipynb #706f9851
 ANALYSES = ("components", "knowledge_transfer", "attention", "losses", "text")
 
 
@@ -157,7 +157,7 @@ def ablation_changes(cfg: AblationConfig) -> dict: # analysis -> list of Change;
                  losses=loss_changes(cfg.run), text=text_changes())
     return {a: lists[a] for a in pick(cfg.analysis, ANALYSES, "analysis")}
 
-# %% ../../nbs/54_experiments.studies.ipynb #c0de28da
+# %% ../../nbs/54_experiments.studies.ipynb #bf6ef5d7
 def _records(jobs: dict, output_dir): # Yields (variant, seed, record) of the finished runs
     for (variant, seed), job in jobs.items():
         path = job_folder(job, output_dir) / "run.json"
@@ -185,7 +185,7 @@ def alignment_frame(jobs: dict, output_dir, variant: str) -> pd.DataFrame: # a, 
     pairs = [p for v, _, r in _records(jobs, output_dir) if v == variant for p in r.get("alignment", [])]
     return pd.DataFrame(pairs, columns=["a", "b", "cka"]).groupby(["a", "b"], sort=False)["cka"].mean().reset_index()
 
-# %% ../../nbs/54_experiments.studies.ipynb #64fbf9fb
+# %% ../../nbs/54_experiments.studies.ipynb #3c38238d
 def difference_frame(frame: pd.DataFrame, reference: str, metric: str = "NDCG@10",
                      model: str = "student") -> pd.DataFrame: # variant, value, mean, low, high, seeds
     "Compare every variant with the reference, paired by seed, in percent of the reference."
@@ -200,7 +200,7 @@ def difference_frame(frame: pd.DataFrame, reference: str, metric: str = "NDCG@10
         rows.append(dict(variant=variant, value=pairs[variant].mean(), mean=mean, low=low, high=high, seeds=len(pairs)))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/54_experiments.studies.ipynb #7142a1e9
+# %% ../../nbs/54_experiments.studies.ipynb #f155cd0f
 @dataclass(frozen=True)
 class Hyperparameter:
     "An option that can be swept."
@@ -227,7 +227,7 @@ HYPERPARAMETERS = {
     "epochs": Hyperparameter("student", ("epochs",), (0, 4, 16, 32)),
 }
 
-# %% ../../nbs/54_experiments.studies.ipynb #08ed8d55
+# %% ../../nbs/54_experiments.studies.ipynb #c6cca199
 @dataclass(frozen=True)
 class SensitivityConfig(StudyConfig):
     "Options of the sensitivity study."
@@ -262,7 +262,7 @@ def swept_values(cfg: SensitivityConfig) -> dict: # param -> values
         else: out[p] = numbers(lists[min(i, len(lists) - 1)], "values", kind) if lists else HYPERPARAMETERS[p].values
     return out
 
-# %% ../../nbs/54_experiments.studies.ipynb #2d4ddc27
+# %% ../../nbs/54_experiments.studies.ipynb #c70544a7
 def sweep_changes(cfg: SensitivityConfig) -> list:
     "List one change for every value of every parameter."
     change = lambda p, h, v: Change(f"{p}={v:g}", **{h.where: {**h.also, **{o: v for o in h.options}}})
@@ -281,7 +281,7 @@ def sweep_frame(frame: pd.DataFrame,
     out = pd.DataFrame(rows)
     return out.assign(chosen=out.groupby("param")["valid"].transform("max") == out["valid"])
 
-# %% ../../nbs/54_experiments.studies.ipynb #1eef2ab5
+# %% ../../nbs/54_experiments.studies.ipynb #072a9322
 @dataclass(frozen=True)
 class ScalabilityConfig(StudyConfig):
     "Options of the scalability study."
@@ -296,7 +296,7 @@ def share_changes(cfg: ScalabilityConfig, n_users: int) -> list:
         raise UserError(f"shares is {cfg.shares!r}: expected numbers above 0 and at most 1.")
     return [Change(f"{s:g}", job=dict(n_users=max(1, round(s * n_users)), share_teacher=False)) for s in shares]
 
-# %% ../../nbs/54_experiments.studies.ipynb #68b5c3e6
+# %% ../../nbs/54_experiments.studies.ipynb #76fcac48
 def measured_checks(frame: pd.DataFrame) -> pd.DataFrame: # check, smallest_margin, holds
     "Check that measured metrics do not contradict each other."
     at = lambda m, k: frame[f"{m}@{k}"]
@@ -307,11 +307,11 @@ def measured_checks(frame: pd.DataFrame) -> pd.DataFrame: # check, smallest_marg
     return pd.DataFrame([dict(check=c, smallest_margin=m.min(), holds=bool((m >= -1e-9).all())) for c,
                          m in margins.items()])
 
-# %% ../../nbs/54_experiments.studies.ipynb #4940af93
+# %% ../../nbs/54_experiments.studies.ipynb #56c12a99
 @dataclass(frozen=True)
 class ReproduceConfig(StudyConfig):
     "Options of the reproduction."
-    datasets: str = option("sample", "names or paths with commas; all: the paper's five")
+    datasets: str = option("sample", "names or paths with commas; all: the five of the paper")
     models: str = option("popularity,ease,lightgcn,student",
                          "what is trained besides the teacher; every method may be added")
 
@@ -328,7 +328,7 @@ def reproduce_jobs(cfg: ReproduceConfig) -> dict: # (dataset/model, seed) -> Job
 
 def _set_of(variant: str) -> str: return bare_name(Path(variant.rsplit("/", 1)[0]).name) # "path/set.csv/model" -> "set"
 
-# %% ../../nbs/54_experiments.studies.ipynb #6ba003cf
+# %% ../../nbs/54_experiments.studies.ipynb #0da40dd4
 def beside_published(frame: pd.DataFrame,
                      # (dataset, model) -> ours and published, in percent
                      metrics=("P@10", "R@10", "NDCG@10")) -> pd.DataFrame:

@@ -8,7 +8,7 @@ __all__ = ['VIEW_DROP', 'FORMS', 'PublishedTeacherConfig', 'ReLULayers', 'Fusion
            'published_soft_loss', 'interpolate', 'published_contrast', 'similarity_transfer', 'PublishedTargets',
            'contrast_loss', 'with_switches']
 
-# %% ../../nbs/38_models.published.ipynb #46a02e19
+# %% ../../nbs/38_models.published.ipynb #83d86e65
 import copy
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ from .distillation import (
     DistillationTargets, SoftLabels, StudentConfig, StudentModule, TargetConfig, annealed, build_student, distill_loss,
     prepare_targets, soft_label_loss, soft_loss, soft_share, temperature_at)
 
-# %% ../../nbs/38_models.published.ipynb #72df08c3
+# %% ../../nbs/38_models.published.ipynb #cb906bb3
 @dataclass(frozen=True)
 class PublishedTeacherConfig(TeacherConfig):
     "Options of the teacher with its switches as printed; at their defaults it is the teacher of the main path."
@@ -43,7 +43,7 @@ class PublishedTeacherConfig(TeacherConfig):
         return cls(lr=1e-3, batch_size=256, epochs=200, loss="mse", n_negatives=32, layer="relu", head="mlp",
                    intra_weight=.1, session_weight=0., item_filter="none")
 
-# %% ../../nbs/38_models.published.ipynb #f9b6b74d
+# %% ../../nbs/38_models.published.ipynb #b2cde6ae
 class ReLULayers(nn.Module):
     "Hypergraph layers as printed, equation (3)."
     def __init__(self, emb_dim: int, n_layers: int, gen: torch.Generator, grad_checkpoint: bool = False):
@@ -59,7 +59,7 @@ class ReLULayers(nn.Module):
         for theta in self.theta: x = run(x, theta)
         return x
 
-# %% ../../nbs/38_models.published.ipynb #6bbffa6b
+# %% ../../nbs/38_models.published.ipynb #4bd27b99
 class FusionMLP(nn.Module):
     "The fusion network of equations (6-8): three layers over a user's and an item's vectors."
     def __init__(self, emb_dim: int, gen: torch.Generator):
@@ -82,7 +82,7 @@ class FusionMLP(nn.Module):
         "Return the logits of all pairs."
         return self.tail((user @ self.w_user)[:, None] + (item @ self.w_item)[None])
 
-# %% ../../nbs/38_models.published.ipynb #65973ac4
+# %% ../../nbs/38_models.published.ipynb #7e7dc00f
 class PublishedTeacherModule(TeacherModule):
     "The teacher's networks with layers and scoring network as printed."
     def __init__(self, cfg: PublishedTeacherConfig, train, reviews, device="cpu", sessions=None):
@@ -111,7 +111,7 @@ class PublishedTeacherModule(TeacherModule):
         text = {f"text_{s}": self.text_rows(s, slice(None)) for s in SIDES}
         return {k: v.detach().cpu().numpy().copy() for k, v in (self.mlp.state_dict() | text).items()}
 
-# %% ../../nbs/38_models.published.ipynb #357aaed6
+# %% ../../nbs/38_models.published.ipynb #10fd74b7
 VIEW_DROP = .05 # share of hyperedges left out of a view
 
 
@@ -133,19 +133,19 @@ def intra_loss(model: TeacherModule, rows, gen: torch.Generator): # Distinct use
         return other()
     return sum(info_nce(a[r], b[r]) for a, b, r in zip(view(), view(), rows))
 
-# %% ../../nbs/38_models.published.ipynb #ba7136d5
+# %% ../../nbs/38_models.published.ipynb #1001bc3c
 @build_network.register
 def _published_network(cfg: PublishedTeacherConfig, train, reviews, device="cpu", sessions=None):
     return PublishedTeacherModule(cfg, train, reviews, device, sessions)
 
-# %% ../../nbs/38_models.published.ipynb #b4290399
+# %% ../../nbs/38_models.published.ipynb #e656eb4e
 @teacher_loss.register
 def _published_teacher_loss(cfg: PublishedTeacherConfig, model, train, users, items, gen):
     total, parts = teacher_loss.dispatch(TeacherConfig)(cfg, model, train, users, items, gen)
     intra = intra_loss(model, (users.unique(), items.unique()), gen) if cfg.intra_weight else 0.
     return total + cfg.intra_weight * intra, parts | dict(intra=intra)
 
-# %% ../../nbs/38_models.published.ipynb #154d6114
+# %% ../../nbs/38_models.published.ipynb #93a05085
 @network_scores.register
 def _published_scores(cfg: PublishedTeacherConfig, state: TeacherState, user_idx, step: int = 16): # Users at a time
     if not state.head: return network_scores.dispatch(TeacherConfig)(cfg, state, user_idx)
@@ -157,7 +157,7 @@ def _published_scores(cfg: PublishedTeacherConfig, state: TeacherState, user_idx
     items = torch.cat([torch.from_numpy(state.item_emb), text["item"]], 1)
     with torch.no_grad(): return torch.cat([mlp(users[a:a + step], items) for a in range(0, len(users), step)]).numpy()
 
-# %% ../../nbs/38_models.published.ipynb #99b5ae89
+# %% ../../nbs/38_models.published.ipynb #e5985801
 @dataclass(frozen=True)
 class PublishedStudentConfig(StudentConfig):
     "Options of the student with its scoring network; at their defaults it is the student of the main path."
@@ -169,13 +169,13 @@ class PublishedStudentConfig(StudentConfig):
         return cls(lr=1e-3, lr_schedule="constant", batch_size=256, epochs=200, patience=15, reg=1e-3, loss="mse",
                    n_negatives=32, emb_dim=64, select_by="validation", head="mlp")
 
-# %% ../../nbs/38_models.published.ipynb #d8b6e301
+# %% ../../nbs/38_models.published.ipynb #23fee980
 def mlp_head(user, item, w_user, w_item, b1, w2): # [B, d], [n, d] and the head's weights; numpy or torch
     "Return the logits of all pairs [B, n]: two layers, the second without bias."
     h = (user @ w_user)[:, None] + (item @ w_item)[None] + b1
     return ((h * (h > 0)) @ w2)[..., 0]
 
-# %% ../../nbs/38_models.published.ipynb #85ad85d2
+# %% ../../nbs/38_models.published.ipynb #329b3dae
 class PublishedStudentModule(StudentModule):
     "CompactGCN with a scoring network beside the dot product."
     def __init__(self, cfg: PublishedStudentConfig, train, reviews, device="cpu"):
@@ -198,7 +198,7 @@ class PublishedStudentModule(StudentModule):
 
     def head_arrays(self) -> dict: return {k: v.detach().cpu().numpy().copy() for k, v in self.head.items()}
 
-# %% ../../nbs/38_models.published.ipynb #041f10f8
+# %% ../../nbs/38_models.published.ipynb #7d10fbcf
 @build_student.register
 def _published_student(cfg: PublishedStudentConfig, train, reviews, device="cpu"):
     return PublishedStudentModule(cfg, train, reviews, device)
@@ -211,7 +211,7 @@ def _published_rows(cfg: PublishedStudentConfig, state: StudentState, user_emb, 
     starts = range(0, len(dot), step)
     return dot + np.concatenate([mlp_head(user_emb[a:a + step], state.item_emb, **state.head) for a in starts])
 
-# %% ../../nbs/38_models.published.ipynb #950f4ba0
+# %% ../../nbs/38_models.published.ipynb #4252ed51
 @dataclass(frozen=True)
 class PublishedTargetConfig(TargetConfig):
     "What is taken from the teacher, with the losses as printed; at their defaults the losses of the main path."
@@ -230,7 +230,7 @@ class PublishedTargetConfig(TargetConfig):
         return cls(init="random", score_exponent=1., soft_labels="published", kd_weight=.5, temperature=1., t_max=10.,
                    contrast="published", gamma=.5)
 
-# %% ../../nbs/38_models.published.ipynb #4ddd5524
+# %% ../../nbs/38_models.published.ipynb #ac43e689
 def published_soft_loss(model: StudentModule, teacher: TeacherState,
                         zu, zi, # [G, d], [I, d]
                         who, # int64 [G]
@@ -240,14 +240,14 @@ def published_soft_loss(model: StudentModule, teacher: TeacherState,
     outputs = torch.as_tensor(np.asarray(outputs, np.float32), device=zu.device)
     return soft_label_loss(torch.sigmoid(model.logits(zu, zi)), outputs, temp)
 
-# %% ../../nbs/38_models.published.ipynb #f30b770b
+# %% ../../nbs/38_models.published.ipynb #d556e91b
 def interpolate(z, # (users [U, d], items [I, d]) of the student
                 teacher, # The same of the teacher, constant
                 gamma: float): # The student's share
     "Return gamma Z^s + (1 - gamma) Z^t for both sides, equation (13)."
     return z if gamma == 1 else tuple(gamma * s + (1 - gamma) * t for s, t in zip(z, teacher))
 
-# %% ../../nbs/38_models.published.ipynb #6b78cb65
+# %% ../../nbs/38_models.published.ipynb #c74d747e
 def published_contrast(z_teacher, z_student, # [B, d] the same vertices
                        position_sim, # [B, B] cosines of positions
                        alpha: float, # Structure against position, 0 to 1
@@ -256,7 +256,7 @@ def published_contrast(z_teacher, z_student, # [B, d] the same vertices
     sim = alpha * F.normalize(z_teacher, dim=1) @ F.normalize(z_student, dim=1).T + (1 - alpha) * position_sim
     return F.cross_entropy(sim / temp, torch.arange(len(sim), device=sim.device))
 
-# %% ../../nbs/38_models.published.ipynb #c20d6c24
+# %% ../../nbs/38_models.published.ipynb #32188c93
 def similarity_transfer(z_teacher, z_student, # [B, d] the same vertices
                         position_sim, # [B, B]
                         alpha: float, # Structure against position, 0 to 1
@@ -266,7 +266,7 @@ def similarity_transfer(z_teacher, z_student, # [B, d] the same vertices
     target = F.softmax((alpha * unit_t @ unit_t.T + (1 - alpha) * position_sim) / temp, 1)
     return F.kl_div(F.log_softmax(unit_s @ unit_t.T / temp, 1), target, reduction="batchmean")
 
-# %% ../../nbs/38_models.published.ipynb #184c14bc
+# %% ../../nbs/38_models.published.ipynb #d242bf1c
 @dataclass(frozen=True, eq=False)
 class PublishedTargets:
     "What the losses as printed read, as constants on the training's device."
@@ -283,7 +283,7 @@ def _published_targets(cfg: PublishedTargetConfig, targets: DistillationTargets,
     positions = () if cfg.contrast == "none" else tuple(position(hg) for hg in build_hypergraphs(teacher.train))
     return PublishedTargets(targets.soft, (tensor(targets.users), tensor(targets.items)), positions, teacher)
 
-# %% ../../nbs/38_models.published.ipynb #85a6b0e4
+# %% ../../nbs/38_models.published.ipynb #6806f40b
 def contrast_loss(cfg: PublishedTargetConfig, targets: PublishedTargets,
                   side: int, # 0: users, 1: items
                   z, # [N, d] the student's rows of that side
@@ -293,7 +293,7 @@ def contrast_loss(cfg: PublishedTargetConfig, targets: PublishedTargets,
     loss = published_contrast if cfg.contrast == "published" else similarity_transfer
     return loss(targets.rows[side][rows], z[rows], p @ p.T, cfg.alpha, cfg.contrast_temp)
 
-# %% ../../nbs/38_models.published.ipynb #3f433dfd
+# %% ../../nbs/38_models.published.ipynb #6216357b
 @distill_loss.register
 def _published_loss(cfg: PublishedTargetConfig, model, targets, train, users, items, epoch, gen):
     z, n_epochs = model(), model.cfg.epochs
@@ -313,8 +313,9 @@ def _published_loss(cfg: PublishedTargetConfig, model, targets, train, users, it
              + model.cfg.reg * l2_penalty(z[0][users], z[1][items]))
     return total, dict(hard=hard, soft=soft, user=contrast[0], item=contrast[1])
 
-# %% ../../nbs/38_models.published.ipynb #ec85f93a
-FORMS = {TeacherConfig: PublishedTeacherConfig, StudentConfig: PublishedStudentConfig, TargetConfig: PublishedTargetConfig}
+# %% ../../nbs/38_models.published.ipynb #72f842a6
+FORMS = {TeacherConfig: PublishedTeacherConfig, StudentConfig: PublishedStudentConfig,
+         TargetConfig: PublishedTargetConfig}
 
 
 def with_switches(cfg: Config, # A TeacherConfig, StudentConfig or TargetConfig

@@ -11,10 +11,9 @@ __all__ = ['GROUPS', 'LOG_REG', 'WIDTH', 'IDS', 'TEXT', 'ALONE', 'Method', 'regi
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import pandas as pd
 
-from ..core import Config, UserError, content_sha, did_you_mean, option, part
+from ..core import Config, UserError, did_you_mean, option, part
 from ..plots.style import register_style
 from ..data.evaluation import Scorer
 from ..data.split import Split
@@ -31,7 +30,7 @@ from .teacher import TeacherConfig, teacher_scorer, teacher_sessions, train_teac
 from .student import student_scorer
 from .distillation import NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets
 
-# %% ../../nbs/39_models.registry.ipynb #06358ca5
+# %% ../../nbs/39_models.registry.ipynb #e79941a5
 @dataclass(frozen=True)
 class Method:
     "Everything about one method, in one place."
@@ -58,7 +57,7 @@ class Method:
         flat = self.config().flat()
         return {o: flat[o] for o in self.space}
 
-# %% ../../nbs/39_models.registry.ipynb #15854aaa
+# %% ../../nbs/39_models.registry.ipynb #af228d28
 GROUPS = ("baseline", "competing model", "part", "control", "teacher", "student")
 _METHODS = {}
 
@@ -86,7 +85,7 @@ def methods(*groups: str) -> list: # Names, in the order of registration
     "List the methods of some groups; of all groups when none is named."
     return [n for n, m in _METHODS.items() if not groups or m.group in groups]
 
-# %% ../../nbs/39_models.registry.ipynb #7b3e6632
+# %% ../../nbs/39_models.registry.ipynb #5b09906a
 @dataclass(frozen=True, eq=False)
 class Fits:
     "One split with its review vectors, the options chosen on it, and the methods fitted on it."
@@ -119,7 +118,7 @@ class Fits:
         return self.keep(("text", encoder),
                          lambda: item_text(self.split, encoder, reviews() if encoder != "tfidf" else None))
 
-# %% ../../nbs/39_models.registry.ipynb #36b03f75
+# %% ../../nbs/39_models.registry.ipynb #9b6cebcd
 def fit_method(name: str, split, reviews, # Of the same split
                cfg=None, # The method's config; None: its defaults
                fits: Fits | None = None, # What was fitted on this split before
@@ -139,7 +138,7 @@ def fit_method(name: str, split, reviews, # Of the same split
     return replace(scorer, name=name,
                    config=cfg.flat() | {k: v for k, v in (scorer.config or {}).items() if k not in cfg.flat()})
 
-# %% ../../nbs/39_models.registry.ipynb #a311ab93
+# %% ../../nbs/39_models.registry.ipynb #2feafe89
 def _plain(fit): # Reads the split only
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, cfg)
 
@@ -156,7 +155,7 @@ LOG_REG = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), n_negatives=(256, 
 WIDTH = dict(emb_dim=(64, 128))
 IDS, TEXT = ("ids",), ("ids", "text")
 
-# %% ../../nbs/39_models.registry.ipynb #2a6ec188
+# %% ../../nbs/39_models.registry.ipynb #a3b14466
 for m in (
     Method("popularity", "popularity", "grey", "v", "baseline", IDS, PopularityConfig, _plain(fit_popularity)),
     Method("itemknn", "ItemKNN", "brown", "<", "baseline", IDS, ItemKNNConfig, _plain(fit_itemknn),
@@ -184,7 +183,7 @@ for m in (
            dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")), max_items=MAX_ITEMS),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #1197ae5d
+# %% ../../nbs/39_models.registry.ipynb #1557dbc1
 def _texted(fit): # Reads review vectors, can be pruned
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, reviews, cfg, watch=watch)
 
@@ -199,7 +198,7 @@ def _fit_lighthgnn(split, reviews, cfg, fits=None, watch=None):
     "Fit LightHGNN on the soft labels of LightGCN."
     return fit_lighthgnn(split, reviews, fits.fit("lightgcn", cfg.seed), cfg, watch=watch)
 
-# %% ../../nbs/39_models.registry.ipynb #bc89cf04
+# %% ../../nbs/39_models.registry.ipynb #dccc0a62
 for m in (
     Method("lightgcn+text", "LightGCN + text", "blue", "^", "competing model", TEXT, LightGCNConfig,
            _texted(fit_text_lightgcn), dict(LOG_REG, **WIDTH, n_layers=(1, 4, "int"), loss=("bpr", "softmax"),
@@ -219,7 +218,7 @@ for m in (
                 kd_temp=(.5, 8, "log")), learns_from="lightgcn", trained=True),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #9ce433d2
+# %% ../../nbs/39_models.registry.ipynb #8a55fc60
 @dataclass(frozen=True)
 class ItemRidgeConfig(Config):
     "Options of the item-item ridge as a method; ridge and text weight are chosen on validation."
@@ -247,7 +246,7 @@ for m in (
     Method("item_ridge", "item-item ridge", "black", ">", "part", (*TEXT, "times"), ItemRidgeConfig, _fit_item_ridge,
            max_items=MAX_ITEMS)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #f1235d47
+# %% ../../nbs/39_models.registry.ipynb #e7ab8232
 @dataclass(frozen=True)
 class IdOnlyConfig(NoDistillationConfig):
     "Options of the student without distillation and without review vectors."
@@ -266,7 +265,7 @@ for m in (
     Method("student_no_kd", "student without distillation", "purple", "X", "control", TEXT, NoDistillationConfig,
            _fit_alone, ALONE, trained=True)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #87115f63
+# %% ../../nbs/39_models.registry.ipynb #53e8898d
 def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
     "Train the teacher; its item-item ridge is shared."
     if cfg.item_filter == "none" or split.n_items > MAX_ITEMS: return teacher_scorer(train_teacher(split, reviews, cfg))
@@ -279,7 +278,7 @@ register(Method("teacher", "teacher", "black", "*", "teacher", (*TEXT, "times"),
                 dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), trained=True))
 register_style("hgnn", "HGNN as published", "black", "d") # equation (3) as printed, timed in the speed pages only
 
-# %% ../../nbs/39_models.registry.ipynb #bc09613e
+# %% ../../nbs/39_models.registry.ipynb #4b4e6916
 @dataclass(frozen=True)
 class DistilledConfig(Config):
     "Options of the student and of what it takes from its teacher."
@@ -307,7 +306,7 @@ register(Method("student", "student", "vermilion", "o", "student", (*TEXT, "teac
     lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"), init_ridge=(.003, .3,
                                                                           "log")), learns_from="teacher", trained=True))
 
-# %% ../../nbs/39_models.registry.ipynb #b6108603
+# %% ../../nbs/39_models.registry.ipynb #25f9e2a8
 def methods_frame() -> pd.DataFrame: # One row a method
     "List the methods with what they are and read."
     rows = [dict(name=n, label=m.label, group=m.group, reads=", ".join(m.reads), options=len(m.config.names()),

@@ -81,14 +81,15 @@ def _known_items(items, n_items: int) -> np.ndarray:
 def _review_vector(review_emb, d_t: int) -> np.ndarray: # float32 [d_t]
     "Check the width of a review vector; zeros where there is none."
     row = np.zeros(d_t, np.float32) if review_emb is None else np.asarray(review_emb, np.float32)
-    if row.shape != (d_t,): raise UserError(f"review_emb has shape {row.shape}: expected ({d_t},), the encoder's width.")
+    if row.shape != (d_t,):
+        raise UserError(f"review_emb has shape {row.shape}: expected ({d_t},), the encoder's width.")
     return row
 
 
 def user_row(state: StudentState,
              items, # Item numbers the user has chosen; repeated ones count once
              review_emb: np.ndarray | None = None, # [d_t] pooled review vector of what the user wrote; None: nothing
-             is_new=True, # True: not yet counted in the degrees; False: trained; or one flag an item, in sorted order
+             is_new=True, # True: not yet counted in the degrees; False: trained; or a flag for each, sorted
             ) -> np.ndarray: # float32 [d]
     "Compute a user's row from the user's items and text, equation (14)."
     items = _known_items(items, len(state.item_emb))
@@ -109,5 +110,5 @@ def student_scorer(state: StudentState, name: str = "student"): # A Scorer
     from sharp_distill.data.evaluation import Scorer # it imports torch
     rows = {} if state.head else dict(user_emb=state.user_emb, item_emb=state.item_emb)
     config = state.config.to_dict() | (state.target_config.to_dict() if state.target_config else {})
-    return Scorer(name, lambda u: student_scores(state, state.user_emb[u]), state.n_params, state.n_bytes, state.train_s,
-                  config=config, history=state.history, state=state, **rows)
+    return Scorer(name, lambda u: student_scores(state, state.user_emb[u]), state.n_params, state.n_bytes,
+                  state.train_s, config=config, history=state.history, state=state, **rows)
