@@ -44,7 +44,7 @@ from .latency import time_queries
 from .record import check_record, make_record
 from .run import DataConfig, RunConfig, student_config, teacher_config
 
-# %% ../../nbs/53_experiments.grid.ipynb #1a9ecbaf
+# %% ../../nbs/53_experiments.grid.ipynb #c8caa19f
 @dataclass(frozen=True)
 class Job(Config):
     "One training, down to the last option."
@@ -65,13 +65,13 @@ class Job(Config):
     @property
     def run_id(self) -> str: return self.replace(dataset=self.data.dataset_name).sha()
 
-# %% ../../nbs/53_experiments.grid.ipynb #6e57379f
+# %% ../../nbs/53_experiments.grid.ipynb #f584546c
 def config_from(options: dict, *kinds): # `Config` classes, the plainest first
     "Build the first of some configs that knows all options."
     known = next((k for k in kinds if set(options) <= set(k.names())), kinds[-1])
     return known.from_dict(options)
 
-# %% ../../nbs/53_experiments.grid.ipynb #d15781ec
+# %% ../../nbs/53_experiments.grid.ipynb #fedb93ae
 @dataclass(frozen=True)
 class Change:
     "What one variant does differently."
@@ -83,7 +83,7 @@ class Change:
     reviews: dict = field(default_factory=dict) # Of `ReviewConfig`
     job: dict = field(default_factory=dict) # Of `Job`
 
-# %% ../../nbs/53_experiments.grid.ipynb #0aebd969
+# %% ../../nbs/53_experiments.grid.ipynb #5691e819
 def _content(dataset: str) -> str:
     path = Path(dataset) if Path(dataset).is_file() else find_local(dataset)
     if not path: return ""
@@ -105,7 +105,7 @@ def make_job(cfg: RunConfig, change: Change = Change("full"), seed: int | None =
     method(job.model)
     return job
 
-# %% ../../nbs/53_experiments.grid.ipynb #606168bb
+# %% ../../nbs/53_experiments.grid.ipynb #fe06925e
 _STATES = (teacher, student, distillation, published, training, item_filter) # modules whose dataclasses may be stored
 
 
@@ -128,7 +128,7 @@ def pack(x, arrays: dict): # `arrays` is filled
     if isinstance(x, (list, tuple)): return dict(kind="tuple", items=[pack(v, arrays) for v in x])
     return dict(kind="value", value=x.item() if isinstance(x, np.generic) else x)
 
-# %% ../../nbs/53_experiments.grid.ipynb #6f32faf7
+# %% ../../nbs/53_experiments.grid.ipynb #cb58ee18
 def _class(name: str):
     found = [c for c in (getattr(m, name, None) for m in _STATES) if is_dataclass(c)]
     if not found:
@@ -147,7 +147,7 @@ def unpack(tree: dict, arrays: dict):
     if kind == "dict": return {k: unpack(v, arrays) for k, v in items.items()}
     return tuple(unpack(v, arrays) for v in items) if kind == "tuple" else tree["value"]
 
-# %% ../../nbs/53_experiments.grid.ipynb #1c1a081f
+# %% ../../nbs/53_experiments.grid.ipynb #200696be
 def _checksum(arrays: dict) -> str:
     crc = 0
     for key in sorted(arrays):
@@ -175,7 +175,7 @@ def cached(folder: Path, # Made by `cache_dir`
         with whole_file(path) as tmp: save_file(arrays, tmp, metadata=dict(tree=tree, checksum=_checksum(arrays)))
         return state
 
-# %% ../../nbs/53_experiments.grid.ipynb #ae0a91b0
+# %% ../../nbs/53_experiments.grid.ipynb #32c5a904
 def teacher_and_targets(job: Job, split, reviews) -> tuple: # (TeacherState, DistillationTargets)
     "Return a job's teacher and its targets, trained or computed once for all jobs that share them."
     cfg, wanted = config_from(job.teacher, *TEACHERS), config_from(job.targets, *TARGETS)
@@ -193,7 +193,7 @@ def teacher_and_targets(job: Job, split, reviews) -> tuple: # (TeacherState, Dis
 TEACHERS, STUDENTS = (TeacherConfig, PublishedTeacherConfig), (StudentConfig, PublishedStudentConfig)
 TARGETS = (TargetConfig, PublishedTargetConfig)
 
-# %% ../../nbs/53_experiments.grid.ipynb #70f6fadc
+# %% ../../nbs/53_experiments.grid.ipynb #b8f16fd1
 def cka(x, y) -> float: # [n, a], [n, b]; 0 to 1
     "Return the linear centred kernel alignment of two representations of the same rows."
     def gram(z):
@@ -202,7 +202,7 @@ def cka(x, y) -> float: # [n, a], [n, b]; 0 to 1
     a, b = gram(x), gram(y)
     return float((a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
 
-# %% ../../nbs/53_experiments.grid.ipynb #18c109e6
+# %% ../../nbs/53_experiments.grid.ipynb #9d37fdb6
 def alignment(teacher_state, student_state, split, reviews, n: int = 400) -> list: # [{"a", "b", "cka"}]
     "Compare how teacher, its parts, the review vectors and the student see a sample of users."
     users = rng(0, "alignment").permutation(split.n_users)[:n]
@@ -213,7 +213,7 @@ def alignment(teacher_state, student_state, split, reviews, n: int = 400) -> lis
     views = {name: np.asarray(rows) for name, rows in views.items() if np.ptp(rows) > 0}
     return [dict(a=a, b=b, cka=cka(views[a], views[b])) for i, a in enumerate(views) for b in list(views)[i + 1:]]
 
-# %% ../../nbs/53_experiments.grid.ipynb #4b61617a
+# %% ../../nbs/53_experiments.grid.ipynb #24c17556
 def _fit_job(job: Job, split, reviews, checkpoint) -> tuple: # ({name: Scorer}, facts)
     "Train what the job asks for."
     cfg = config_from(job.student, *STUDENTS)
@@ -230,7 +230,7 @@ def _fit_job(job: Job, split, reviews, checkpoint) -> tuple: # ({name: Scorer}, 
                  alignment=alignment(teacher_state, state, split, reviews), teacher_s=t.s)
     return {"teacher": teacher_scorer(teacher_state), "student": student_scorer(state)}, facts
 
-# %% ../../nbs/53_experiments.grid.ipynb #d91d6c1e
+# %% ../../nbs/53_experiments.grid.ipynb #b640e75e
 def run_job(job: Job, folder: Path) -> dict: # The record
     "Train and measure one job; an interrupted student goes on from its checkpoint in `folder`."
     with Stopwatch() as wall:
@@ -245,7 +245,7 @@ def run_job(job: Job, folder: Path) -> dict: # The record
                   encode_s=encode.s, wall_s=wall.s)
     return make_record("job", job.data.dataset_name, data, split, scorers, results, latency, **facts)
 
-# %% ../../nbs/53_experiments.grid.ipynb #313cbb95
+# %% ../../nbs/53_experiments.grid.ipynb #0dcc18c3
 def job_folder(job: Job, output_dir) -> Path: return Path(output_dir) / "runs" / job.data.dataset_name / job.run_id
 
 
@@ -257,7 +257,7 @@ def is_done(job: Job, output_dir) -> bool:
     except (UserError, KeyError): os.replace(path, path.with_suffix(".old"))
     return False
 
-# %% ../../nbs/53_experiments.grid.ipynb #3bde1dc3
+
 def work(job: Job, output_dir) -> Path: # The record
     "Do a job unless it is done; another process with the same job waits."
     folder = job_folder(job, output_dir)
@@ -268,7 +268,7 @@ def work(job: Job, output_dir) -> Path: # The record
         (folder / "student.safetensors").unlink(missing_ok=True)
     return path
 
-# %% ../../nbs/53_experiments.grid.ipynb #4e50dedc
+# %% ../../nbs/53_experiments.grid.ipynb #e3fe7c1c
 CHILD = ("import json, sys; from sharp_distill.experiments.grid import Job, work_aloud; "
          "sys.exit(work_aloud(Job.from_dict(json.load(sys.stdin)), sys.argv[1]))")
 
@@ -286,7 +286,7 @@ def _reason(code: int, stderr: str) -> str:
     lines = [line for line in stderr.strip().splitlines() if line.strip()]
     return lines[-1][:300] if lines else f"ended with status {code} and said nothing"
 
-# %% ../../nbs/53_experiments.grid.ipynb #1e55c5b0
+# %% ../../nbs/53_experiments.grid.ipynb #0554ecf6
 def run_job_apart(options: dict, output_dir: str, time_limit_s: float = 0.,
                   threads: int = 0) -> dict: # run_id, status, seconds, reason
     "Run one job in a process of its own and report how it ended."
@@ -303,7 +303,7 @@ def run_job_apart(options: dict, output_dir: str, time_limit_s: float = 0.,
                                   f"its checkpoint")
     return outcome("done") if done.returncode == 0 else outcome("failed", _reason(done.returncode, done.stderr))
 
-# %% ../../nbs/53_experiments.grid.ipynb #b9f6bc1d
+# %% ../../nbs/53_experiments.grid.ipynb #527cc2be
 @dataclass(frozen=True)
 class LaunchConfig(Config):
     "How a grid is carried out; none of it changes a result."
@@ -326,7 +326,7 @@ def executor(cfg: LaunchConfig): # Yields something with `submit`
                         f"an address such as 'tcp://127.0.0.1:8786'.") from None
     with client: yield client.get_executor(pure=False)
 
-# %% ../../nbs/53_experiments.grid.ipynb #125224a0
+# %% ../../nbs/53_experiments.grid.ipynb #4d902ac0
 @contextmanager
 def only_one(folder: Path, name: str):
     "Let one launch of a grid work; a second one says that it waits."
@@ -342,7 +342,7 @@ def only_one(folder: Path, name: str):
     try: yield
     finally: lock.release()
 
-# %% ../../nbs/53_experiments.grid.ipynb #99d0e44e
+# %% ../../nbs/53_experiments.grid.ipynb #7830d0f9
 def _in_rounds(jobs) -> list: # One job of each teacher first, so that workers do not wait for one teacher
     count, order = {}, []
     for job in jobs:
@@ -352,7 +352,7 @@ def _in_rounds(jobs) -> list: # One job of each teacher first, so that workers d
         order.append(count[key])
     return [jobs[i] for i in np.argsort(order, kind="stable")]
 
-# %% ../../nbs/53_experiments.grid.ipynb #9246c506
+# %% ../../nbs/53_experiments.grid.ipynb #8c795f03
 def launch(jobs, # `Job`s; equal ones are run once
            cfg: LaunchConfig = LaunchConfig()) -> pd.DataFrame: # A row a job: run_id, status, seconds, reason
     "Run every job that is not finished; a failed one does not stop the others."

@@ -137,10 +137,11 @@ def teacher_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int =
     some = np.argsort(gen.permutation(R.shape[0])[pairs.row], kind="stable")[:batch] # whole users, in any order
     step_s = _time_steps(model, (pairs.row[some], pairs.col[some]),
                          lambda u, i, epoch, gen: teacher_loss(cfg, model, R, u, i, gen), cfg, n_steps)
-    with Stopwatch() as ridge:
-        if wants_filter(cfg, R.shape[1]): solve_ridge(item_gram(R), 300., overwrite=True)
-    n_settings = 1 + sum(len(values) - 1 for values in FILTER_GRID.values())
-    return _train_facts(model, cfg, step_s, R.nnz, min(batch, R.nnz), ridge_s=ridge.s * n_settings)
+    n_settings, ridge_s = 1 + sum(len(values) - 1 for values in FILTER_GRID.values()), 0.
+    if wants_filter(cfg, R.shape[1]):
+        with Stopwatch() as ridge: solve_ridge(item_gram(R), 300., overwrite=True)
+        ridge_s = ridge.s * n_settings
+    return _train_facts(model, cfg, step_s, R.nnz, min(batch, R.nnz), ridge_s=ridge_s)
 
 # %% ../../nbs/59_experiments.speed.ipynb #59000014
 def _gather_seconds(R, gen, emb_dim: int, n_users: int = 2048) -> tuple: # Targets of some users, seconds for all

@@ -32,7 +32,7 @@ def stored_bytes(*arrays) -> int: # numpy arrays and scipy csr matrices
     parts = [a for x in arrays for a in ((x.data, x.indices, x.indptr) if sp.issparse(x) else (x,))]
     return int(sum(a.nbytes for a in parts))
 
-# %% ../../nbs/33_models.baselines.ipynb #8cf5395a
+# %% ../../nbs/33_models.baselines.ipynb #087e56ef
 @dataclass(frozen=True)
 class PopularityConfig(Config):
     "Popularity has no options."
@@ -96,7 +96,7 @@ def fit_itemknn(split, cfg: ItemKNNConfig = ItemKNNConfig()) -> Scorer:
     with Stopwatch() as w: B = item_graph(split.train.to_csr(), .5, 0, .5, cfg.n_neighbours, cfg.shrink)
     return item_scorer("itemknn", split, B, w.s, cfg.to_dict())
 
-# %% ../../nbs/33_models.baselines.ipynb #7022e951
+# %% ../../nbs/33_models.baselines.ipynb #e8a3693e
 @dataclass(frozen=True)
 class RP3betaConfig(Config):
     "Options of the random walk."
@@ -118,7 +118,7 @@ class GFCFConfig(Config):
     low_pass: float = option(.3, "weight of the low-pass filter", lo=0., hi=100.)
     seed: int = option(0, "seed of the randomised decomposition", lo=0)
 
-# %% ../../nbs/33_models.baselines.ipynb #bd5d3948
+# %% ../../nbs/33_models.baselines.ipynb #277b6dc2
 def fit_gfcf(split, cfg: GFCFConfig = GFCFConfig()) -> Scorer:
     "Fit the graph filter: two hypergraph steps plus an ideal low-pass of `n_dims` directions."
     from sklearn.utils.extmath import randomized_svd
@@ -152,7 +152,7 @@ def fit_ease(split, cfg: EASEConfig = EASEConfig()) -> Scorer:
     with Stopwatch() as w: B = solve_ridge(item_gram(split.train.to_csr()), cfg.reg, overwrite=True)
     return item_scorer("ease", split, B, w.s, cfg.to_dict())
 
-# %% ../../nbs/33_models.baselines.ipynb #a1163615
+# %% ../../nbs/33_models.baselines.ipynb #144bebcd
 def fit_kernel_ease(split,
                     kernel: np.ndarray, # float32 [I, I], a likeness of the items' texts
                     cfg: TextEASEConfig = TextEASEConfig(), name: str = "ease+text") -> Scorer:
@@ -183,7 +183,7 @@ class SLIMConfig(Config):
     l1: float = option(.5, "L1 penalty: larger leaves fewer weights", lo=1e-6, hi=1e6)
     l2: float = option(50., "L2 penalty, as EASE's ridge", lo=0., hi=1e6)
 
-# %% ../../nbs/33_models.baselines.ipynb #d7c6a05b
+# %% ../../nbs/33_models.baselines.ipynb #88253d71
 def slim_weights(R: sp.csr_matrix, # [U, I]
                  cfg: SLIMConfig,
                  positive: bool = True, # Only weights of 0 or more
@@ -208,7 +208,7 @@ def slim_weights(R: sp.csr_matrix, # [U, I]
     B.eliminate_zeros()
     return B, sum(issubclass(c.category, ConvergenceWarning) for c in caught)
 
-# %% ../../nbs/33_models.baselines.ipynb #a67f4cc6
+# %% ../../nbs/33_models.baselines.ipynb #25fcf809
 def fit_slim(split, cfg: SLIMConfig = SLIMConfig()) -> Scorer:
     "Fit SLIM: each item from its nearest items by an elastic net."
     with Stopwatch() as w: B, not_converged = slim_weights(split.train.to_csr(), cfg)
@@ -234,7 +234,7 @@ class IALSConfig(Config):
     epochs: int = option(15, "passes over both tables", lo=1)
     seed: int = option(0, "seed of the first tables", lo=0)
 
-# %% ../../nbs/33_models.baselines.ipynb #d908b059
+# %% ../../nbs/33_models.baselines.ipynb #148aa11d
 def _implicit_als():
     "Import ALS of the implicit library, or say how to get it."
     import importlib
@@ -271,7 +271,7 @@ class LightGCNConfig(RankingConfig):
     "Options of LightGCN."
     n_layers: int = option(3, "propagation steps L", lo=0, hi=16)
 
-# %% ../../nbs/33_models.baselines.ipynb #e31fd4e4
+# %% ../../nbs/33_models.baselines.ipynb #f8ee613d
 class LightGCN(nn.Module):
     "Free embeddings, smoothed over the user-item graph and averaged over the layers."
     def __init__(self, train, cfg: LightGCNConfig, device="cpu"): # csr [U, I]
@@ -308,7 +308,7 @@ def pair_loss(model, # forward() -> (user_emb [U, d], item_emb [I, d]); rows(use
     rank, norm = ranking_loss(cfg.loss, pos, neg), l2_penalty(*model.rows(users, items))
     return rank + cfg.reg * norm, dict(rank=rank.detach(), norm=norm.detach())
 
-# %% ../../nbs/33_models.baselines.ipynb #6cedb9ae
+# %% ../../nbs/33_models.baselines.ipynb #8eb1a6b6
 def final_embeddings(model): # -> float32 [U, d], [I, d]
     "Return the embeddings whose dot product is the loss's logit, as arrays."
     with torch.no_grad(): out = model()
@@ -333,7 +333,7 @@ def fit_ranking_model(name: str, split,
     n_params = sum(p.numel() for p in model.parameters())
     return embedding_scorer(name, *final_embeddings(model), history.train_s, n_params, model.cfg.to_dict(), history)
 
-# %% ../../nbs/33_models.baselines.ipynb #2830d933
+# %% ../../nbs/33_models.baselines.ipynb #a6b54f37
 def fit_lightgcn(split, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train LightGCN with early stopping on validation NDCG@10."
     model = LightGCN(split.train.to_csr(), cfg, pick_device(cfg.device))
@@ -346,7 +346,7 @@ class BPRMFConfig(RankingConfig):
     reg: float = option(.02, "L2 weight on the rows of a batch", lo=0.)
     patience: int = option(15, "validations without a better one before stopping", lo=1) # a slow start
 
-# %% ../../nbs/33_models.baselines.ipynb #008ed254
+# %% ../../nbs/33_models.baselines.ipynb #d548371b
 def fit_bprmf(split, cfg: BPRMFConfig = BPRMFConfig(), checkpoint=None, watch=None) -> Scorer:
     "Train matrix factorisation on pairs (Rendle et al., UAI 2009): LightGCN without layers, uniform negatives."
     flat = LightGCNConfig.from_dict(dict(cfg.to_dict(), n_layers=0))

@@ -16,11 +16,11 @@ from ..core import Stopwatch, UserError, coordinate_search
 from ..data.evaluation import evaluate
 from ..text.words import item_tfidf
 
-# %% ../../nbs/32_models.item_filter.ipynb #e7628162
+# %% ../../nbs/32_models.item_filter.ipynb #48b8353e
 MAX_ITEMS = 20_000 # The largest catalogue for which dense [I, I] matrices are made
 EASE_MATRICES, FILTER_MATRICES = 1, 4 # How many of them are in memory at once; measured below
 
-# %% ../../nbs/32_models.item_filter.ipynb #68787591
+# %% ../../nbs/32_models.item_filter.ipynb #b0e0f7ee
 def _refuse_large(n_items: int, n_matrices: int):
     "Refuse a catalogue beyond `MAX_ITEMS`, with the memory it would take."
     if n_items <= MAX_ITEMS: return
@@ -28,7 +28,7 @@ def _refuse_large(n_items: int, n_matrices: int):
     raise UserError(f"{n_items:,} items: the closed form would take {gib:.1f} GiB ({n_matrices} x 4 x items² bytes); "
                     f"expected at most {MAX_ITEMS:,} items, else itemknn, rp3beta or gfcf.")
 
-# %% ../../nbs/32_models.item_filter.ipynb #fb7155f2
+# %% ../../nbs/32_models.item_filter.ipynb #996202c8
 EDGE_POWER = .5
 ROWS = 256 # Rows of a block
 
@@ -40,7 +40,7 @@ def _dense_product(A, B) -> np.ndarray: # [n, c], [c, m], both sparse or both de
     for at in range(0, len(out), ROWS): out[at:at + ROWS] = (A[at:at + ROWS] @ B).toarray()
     return out
 
-# %% ../../nbs/32_models.item_filter.ipynb #33580e3b
+# %% ../../nbs/32_models.item_filter.ipynb #06cf029b
 def item_gram(R: sp.csr_matrix, # [E, I] hyperedges over items, such as users
               edge_power: float = 0., # p; 0 counts every hyperedge alike
              ) -> np.ndarray: # float32 [I, I]
@@ -51,7 +51,7 @@ def item_gram(R: sp.csr_matrix, # [E, I] hyperedges over items, such as users
         R = sp.diags((size / size.mean()) ** (-edge_power / 2)) @ R
     return _dense_product(R.T.tocsr(), R.tocsr())
 
-# %% ../../nbs/32_models.item_filter.ipynb #6d5331e2
+# %% ../../nbs/32_models.item_filter.ipynb #b66d4372
 def text_gram(item_text, # [I, V] a row an item, dense or csr; zero rows without text
               scale: float = 1., # Multiplies the result
              ) -> np.ndarray: # float32 [I, I]
@@ -61,7 +61,7 @@ def text_gram(item_text, # [I, V] a row an item, dense or csr; zero rows without
     gram *= np.float32(scale)
     return gram
 
-# %% ../../nbs/32_models.item_filter.ipynb #48af5ebf
+# %% ../../nbs/32_models.item_filter.ipynb #97b39920
 def add_gram(gram: np.ndarray, # float32 [I, I]; changed in place
              other: np.ndarray, # float32 [I, I], from `text_gram` or any other kernel
              weight: float) -> np.ndarray: # The same array
@@ -69,7 +69,7 @@ def add_gram(gram: np.ndarray, # float32 [I, I]; changed in place
     for at in range(0, len(gram), ROWS): gram[at:at + ROWS] += np.float32(weight) * other[at:at + ROWS]
     return gram
 
-# %% ../../nbs/32_models.item_filter.ipynb #ede7d35d
+# %% ../../nbs/32_models.item_filter.ipynb #438ec4ea
 def _mirror(A: np.ndarray) -> np.ndarray: # [n, n] with a valid upper triangle; changed in place
     "Copy the upper triangle into the lower one."
     for at in range(0, len(A), ROWS):
@@ -78,7 +78,7 @@ def _mirror(A: np.ndarray) -> np.ndarray: # [n, n] with a valid upper triangle; 
         A[to:, at:to] = A[at:to, to:].T
     return A
 
-# %% ../../nbs/32_models.item_filter.ipynb #7a4f3e4a
+# %% ../../nbs/32_models.item_filter.ipynb #f542381b
 def solve_ridge(gram: np.ndarray, # float32 [I, I], symmetric
                 ridge: float, # rho, added to the diagonal, above 0
                 overwrite: bool = False, # Write the solution over `gram`
@@ -95,7 +95,7 @@ def solve_ridge(gram: np.ndarray, # float32 [I, I], symmetric
     np.fill_diagonal(B, 0)
     return B
 
-# %% ../../nbs/32_models.item_filter.ipynb #d8b3429a
+# %% ../../nbs/32_models.item_filter.ipynb #b7fd619e
 def item_text(split, # Split
               encoder: str, # Name of the text encoder
               reviews): # ReviewEmbeddings of the split
@@ -118,7 +118,7 @@ class ItemFilter:
         chosen = ", ".join(f"{k} {v:g}" for k, v in self.options.items())
         return f"ItemFilter({len(self.B):,} items, validation NDCG@10 {self.valid:.4f}, {self.train_s:.1f} s: {chosen})"
 
-# %% ../../nbs/32_models.item_filter.ipynb #a7e06f72
+# %% ../../nbs/32_models.item_filter.ipynb #66ac8e67
 def _choose(split, gram, likeness, grid: dict, fixed: dict) -> ItemFilter:
     "Search ridge and text weight on validation, for one Gram matrix."
     R, has_text = split.train.to_csr(), likeness.any()
@@ -130,7 +130,7 @@ def _choose(split, gram, likeness, grid: dict, fixed: dict) -> ItemFilter:
     B = solve(chosen)
     return ItemFilter(B, ndcg(B), chosen | fixed)
 
-# %% ../../nbs/32_models.item_filter.ipynb #5c80bbff
+# %% ../../nbs/32_models.item_filter.ipynb #c52f30b5
 def fit_item_filter(split, # Split
                     reviews, # ReviewEmbeddings of the split
                     sessions=None, # csr [I, S] session hyperedges, or None
