@@ -30,7 +30,7 @@ from .teacher import TeacherConfig, teacher_scorer, teacher_sessions, train_teac
 from .student import student_scorer
 from .distillation import NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets
 
-# %% ../../nbs/39_models.registry.ipynb #e79941a5
+# %% ../../nbs/39_models.registry.ipynb #8e8329a2
 @dataclass(frozen=True)
 class Method:
     "Everything about one method, in one place."
@@ -57,7 +57,7 @@ class Method:
         flat = self.config().flat()
         return {o: flat[o] for o in self.space}
 
-# %% ../../nbs/39_models.registry.ipynb #af228d28
+# %% ../../nbs/39_models.registry.ipynb #7fc67e98
 GROUPS = ("baseline", "competing model", "part", "control", "teacher", "student")
 _METHODS = {}
 
@@ -85,7 +85,7 @@ def methods(*groups: str) -> list: # Names, in the order of registration
     "List the methods of some groups; of all groups when none is named."
     return [n for n, m in _METHODS.items() if not groups or m.group in groups]
 
-# %% ../../nbs/39_models.registry.ipynb #5b09906a
+# %% ../../nbs/39_models.registry.ipynb #be0ffdd9
 @dataclass(frozen=True, eq=False)
 class Fits:
     "One split with its review vectors, the options chosen on it, and the methods fitted on it."
@@ -94,9 +94,11 @@ class Fits:
     options: dict = field(default_factory=dict) # Method -> its options or its whole config; else the defaults
     memo: dict = field(default_factory=dict, repr=False)
 
-    def keep(self, key, make, most: int = 8): # `make` is called when the key is new; the oldest of `most` leaves
+    def keep(self, key, make,
+             most: int = 8): # `make` is called when the key is new; of `most`, the longest unused leaves
         "Return something fitted, making it once."
-        if key not in self.memo:
+        if key in self.memo: self.memo[key] = self.memo.pop(key)
+        else:
             while len(self.memo) >= most: self.memo.pop(next(iter(self.memo)))
             self.memo[key] = make()
         return self.memo[key]
@@ -118,7 +120,7 @@ class Fits:
         return self.keep(("text", encoder),
                          lambda: item_text(self.split, encoder, reviews() if encoder != "tfidf" else None))
 
-# %% ../../nbs/39_models.registry.ipynb #9b6cebcd
+# %% ../../nbs/39_models.registry.ipynb #52a4c686
 def fit_method(name: str, split, reviews, # Of the same split
                cfg=None, # The method's config; None: its defaults
                fits: Fits | None = None, # What was fitted on this split before
@@ -138,7 +140,7 @@ def fit_method(name: str, split, reviews, # Of the same split
     return replace(scorer, name=name,
                    config=cfg.flat() | {k: v for k, v in (scorer.config or {}).items() if k not in cfg.flat()})
 
-# %% ../../nbs/39_models.registry.ipynb #2feafe89
+# %% ../../nbs/39_models.registry.ipynb #bc1b47fe
 def _plain(fit): # Reads the split only
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, cfg)
 
@@ -155,7 +157,7 @@ LOG_REG = dict(lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), n_negatives=(256, 
 WIDTH = dict(emb_dim=(64, 128))
 IDS, TEXT = ("ids",), ("ids", "text")
 
-# %% ../../nbs/39_models.registry.ipynb #a3b14466
+# %% ../../nbs/39_models.registry.ipynb #4315afee
 for m in (
     Method("popularity", "popularity", "grey", "v", "baseline", IDS, PopularityConfig, _plain(fit_popularity)),
     Method("itemknn", "ItemKNN", "brown", "<", "baseline", IDS, ItemKNNConfig, _plain(fit_itemknn),
@@ -183,7 +185,7 @@ for m in (
            dict(reg=(10, 5000, "log"), text_weight=(.1, 50, "log")), max_items=MAX_ITEMS),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #1557dbc1
+# %% ../../nbs/39_models.registry.ipynb #d15533aa
 def _texted(fit): # Reads review vectors, can be pruned
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, reviews, cfg, watch=watch)
 
@@ -198,7 +200,7 @@ def _fit_lighthgnn(split, reviews, cfg, fits=None, watch=None):
     "Fit LightHGNN on the soft labels of LightGCN."
     return fit_lighthgnn(split, reviews, fits.fit("lightgcn", cfg.seed), cfg, watch=watch)
 
-# %% ../../nbs/39_models.registry.ipynb #dccc0a62
+# %% ../../nbs/39_models.registry.ipynb #410ee5a1
 for m in (
     Method("lightgcn+text", "LightGCN + text", "blue", "^", "competing model", TEXT, LightGCNConfig,
            _texted(fit_text_lightgcn), dict(LOG_REG, **WIDTH, n_layers=(1, 4, "int"), loss=("bpr", "softmax"),
@@ -218,7 +220,7 @@ for m in (
                 kd_temp=(.5, 8, "log")), learns_from="lightgcn", trained=True),
 ): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #8a55fc60
+# %% ../../nbs/39_models.registry.ipynb #1ec3eb7a
 @dataclass(frozen=True)
 class ItemRidgeConfig(Config):
     "Options of the item-item ridge as a method; ridge and text weight are chosen on validation."
@@ -246,7 +248,7 @@ for m in (
     Method("item_ridge", "item-item ridge", "black", ">", "part", (*TEXT, "times"), ItemRidgeConfig, _fit_item_ridge,
            max_items=MAX_ITEMS)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #e7ab8232
+# %% ../../nbs/39_models.registry.ipynb #5421fda3
 @dataclass(frozen=True)
 class IdOnlyConfig(NoDistillationConfig):
     "Options of the student without distillation and without review vectors."
@@ -265,7 +267,7 @@ for m in (
     Method("student_no_kd", "student without distillation", "purple", "X", "control", TEXT, NoDistillationConfig,
            _fit_alone, ALONE, trained=True)): register(m)
 
-# %% ../../nbs/39_models.registry.ipynb #53e8898d
+# %% ../../nbs/39_models.registry.ipynb #6a44c26f
 def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
     "Train the teacher; its item-item ridge is shared."
     if cfg.item_filter == "none" or split.n_items > MAX_ITEMS: return teacher_scorer(train_teacher(split, reviews, cfg))
@@ -278,7 +280,7 @@ register(Method("teacher", "teacher", "black", "*", "teacher", (*TEXT, "times"),
                 dict(lr=(1e-3, .03, "log"), reg=(1e-5, .05, "log")), trained=True))
 register_style("hgnn", "HGNN as published", "black", "d") # equation (3) as printed, timed in the speed pages only
 
-# %% ../../nbs/39_models.registry.ipynb #4b4e6916
+# %% ../../nbs/39_models.registry.ipynb #e3709b17
 @dataclass(frozen=True)
 class DistilledConfig(Config):
     "Options of the student and of what it takes from its teacher."
@@ -306,7 +308,7 @@ register(Method("student", "student", "vermilion", "o", "student", (*TEXT, "teac
     lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"), init_ridge=(.003, .3,
                                                                           "log")), learns_from="teacher", trained=True))
 
-# %% ../../nbs/39_models.registry.ipynb #25f9e2a8
+# %% ../../nbs/39_models.registry.ipynb #e5ffb989
 def methods_frame() -> pd.DataFrame: # One row a method
     "List the methods with what they are and read."
     rows = [dict(name=n, label=m.label, group=m.group, reads=", ".join(m.reads), options=len(m.config.names()),
