@@ -42,7 +42,7 @@ class DataConfig(Config):
     dataset: str = option("sample", "name, or path of a file")
     k_core: int = option(0, "least rows a user and an item must have; 0: the default of the data set", lo=0)
     min_rating: float = option(0., "leave out lower ratings; 0 keeps all")
-    columns: str = option("", "names of columns that are not recognised, such as user_id=customer,item_id=product")
+    columns: str = option("", "which column is which, where names are not recognised: pairs, as the error line shows them")
     encoding: str = option("utf-8", ENCODING_HELP)
     bad_rows: str = option("error", "a row that cannot be read", choices=("error", "skip"))
 
@@ -59,7 +59,7 @@ class DataConfig(Config):
                             f"list that is measured.")
         return data
 
-# %% ../../nbs/52_experiments.run.ipynb #fe7f623a
+# %% ../../nbs/52_experiments.run.ipynb #9fdbb71e
 @dataclass(frozen=True)
 class PublishedSwitches(Config):
     "Parts of the method in the form in which they were printed."

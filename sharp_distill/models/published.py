@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VIEW_DROP', 'FORMS', 'PublishedTeacherConfig', 'ReLULayers', 'FusionMLP', 'PublishedTeacherModule', 'drop_hyperedges',
-           'intra_loss', 'PublishedStudentConfig', 'mlp_head', 'PublishedStudentModule', 'PublishedTargetConfig',
-           'published_soft_loss', 'interpolate', 'published_contrast', 'similarity_transfer', 'PublishedTargets',
-           'contrast_loss', 'with_switches']
+           'dropped_view', 'intra_loss', 'PublishedStudentConfig', 'mlp_head', 'PublishedStudentModule',
+           'PublishedTargetConfig', 'published_soft_loss', 'interpolate', 'published_contrast', 'similarity_transfer',
+           'PublishedTargets', 'contrast_loss', 'with_switches']
 
-# %% ../../nbs/38_models.published.ipynb #83d86e65
+# %% ../../nbs/38_models.published.ipynb #b5f429a5
 import copy
 from dataclasses import dataclass
 
@@ -28,24 +28,24 @@ from .distillation import (
     DistillationTargets, SoftLabels, StudentConfig, StudentModule, TargetConfig, annealed, build_student, distill_loss,
     prepare_targets, soft_label_loss, soft_loss, soft_share, temperature_at)
 
-# %% ../../nbs/38_models.published.ipynb #cb906bb3
+# %% ../../nbs/38_models.published.ipynb #decb968b
 @dataclass(frozen=True)
 class PublishedTeacherConfig(TeacherConfig):
-    "Options of the teacher with its switches as printed; at their defaults it is the teacher of the main path."
-    layer: str = option("linear", "relu: equation (3) as printed, without the half step to users",
+    "Options of the teacher with its switches as published; at their defaults it is the teacher of the main path."
+    layer: str = option("linear", "relu: equation (3) as published, without the half step to users",
                         choices=("linear", "relu"))
     head: str = option("dot", "mlp: the fusion network of equations (6-8)", choices=("dot", "mlp"))
     intra_weight: float = option(0., "weight of the intra-domain InfoNCE (5)", lo=0.)
     grad_checkpoint: bool = option(False, "relu layers: compute activations again in the backward pass")
 
     @classmethod
-    def as_printed(cls):
+    def paper_settings(cls):
         return cls(lr=1e-3, batch_size=256, epochs=200, loss="mse", n_negatives=32, layer="relu", head="mlp",
                    intra_weight=.1, session_weight=0., item_filter="none")
 
-# %% ../../nbs/38_models.published.ipynb #b2cde6ae
+# %% ../../nbs/38_models.published.ipynb #db5d4ec1
 class ReLULayers(nn.Module):
-    "Hypergraph layers as printed, equation (3)."
+    "Hypergraph layers as published, equation (3)."
     def __init__(self, emb_dim: int, n_layers: int, gen: torch.Generator, grad_checkpoint: bool = False):
         super().__init__()
         scale = (2 / emb_dim) ** .5 # keeps the length of a vector through a ReLU
@@ -59,7 +59,7 @@ class ReLULayers(nn.Module):
         for theta in self.theta: x = run(x, theta)
         return x
 
-# %% ../../nbs/38_models.published.ipynb #4bd27b99
+# %% ../../nbs/38_models.published.ipynb #31003d3e
 class FusionMLP(nn.Module):
     "The fusion network of equations (6-8): three layers over a user's and an item's vectors."
     def __init__(self, emb_dim: int, gen: torch.Generator):
@@ -82,9 +82,9 @@ class FusionMLP(nn.Module):
         "Return the logits of all pairs."
         return self.tail((user @ self.w_user)[:, None] + (item @ self.w_item)[None])
 
-# %% ../../nbs/38_models.published.ipynb #7e7dc00f
+# %% ../../nbs/38_models.published.ipynb #b92c62df
 class PublishedTeacherModule(TeacherModule):
-    "The teacher's networks with layers and scoring network as printed."
+    "The teacher's networks with layers and scoring network as published."
     def __init__(self, cfg: PublishedTeacherConfig, train, reviews, device="cpu", sessions=None):
         super().__init__(cfg, train, reviews, device, sessions)
         gen = torch_rng(cfg.seed, "published teacher")
@@ -111,7 +111,7 @@ class PublishedTeacherModule(TeacherModule):
         text = {f"text_{s}": self.text_rows(s, slice(None)) for s in SIDES}
         return {k: v.detach().cpu().numpy().copy() for k, v in (self.mlp.state_dict() | text).items()}
 
-# %% ../../nbs/38_models.published.ipynb #10fd74b7
+# %% ../../nbs/38_models.published.ipynb #34a388a5
 VIEW_DROP = .05 # share of hyperedges left out of a view
 
 
@@ -124,28 +124,33 @@ def drop_hyperedges(op: SparseOp, # A [N, E]
     each_row = kept.repeat_interleave(op.A_t.crow_indices().diff())
     return SparseOp(scaled(op.A, kept[op.A.col_indices()]), scaled(op.A_t, each_row))
 
+# %% ../../nbs/38_models.published.ipynb #5f9328ce
+def dropped_view(model: TeacherModule, share: float, gen: torch.Generator) -> tuple: # ([U, d], [I, d])
+    "Return the embeddings with a share of the hyperedges left out."
+    other = copy.copy(model) # the same parameters
+    other.ops = {s: drop_hyperedges(op, share, gen) for s, op in model.ops.items()}
+    return other()
 
-def intra_loss(model: TeacherModule, rows, gen: torch.Generator): # Distinct users and items of a batch, int64
+
+def intra_loss(model: TeacherModule, rows, # Distinct users and distinct items of a batch, int64
+               gen: torch.Generator, share: float = VIEW_DROP):
     "Return the intra-domain InfoNCE, equation (5), between two views of each vertex."
-    def view():
-        other = copy.copy(model) # the same parameters
-        other.ops = {s: drop_hyperedges(op, VIEW_DROP, gen) for s, op in model.ops.items()}
-        return other()
-    return sum(info_nce(a[r], b[r]) for a, b, r in zip(view(), view(), rows))
+    first, second = dropped_view(model, share, gen), dropped_view(model, share, gen)
+    return sum(info_nce(a[r], b[r]) for a, b, r in zip(first, second, rows))
 
-# %% ../../nbs/38_models.published.ipynb #1001bc3c
+# %% ../../nbs/38_models.published.ipynb #80922e5c
 @build_network.register
 def _published_network(cfg: PublishedTeacherConfig, train, reviews, device="cpu", sessions=None):
     return PublishedTeacherModule(cfg, train, reviews, device, sessions)
 
-# %% ../../nbs/38_models.published.ipynb #e656eb4e
+# %% ../../nbs/38_models.published.ipynb #5999e744
 @teacher_loss.register
 def _published_teacher_loss(cfg: PublishedTeacherConfig, model, train, users, items, gen):
     total, parts = teacher_loss.dispatch(TeacherConfig)(cfg, model, train, users, items, gen)
     intra = intra_loss(model, (users.unique(), items.unique()), gen) if cfg.intra_weight else 0.
     return total + cfg.intra_weight * intra, parts | dict(intra=intra)
 
-# %% ../../nbs/38_models.published.ipynb #93a05085
+# %% ../../nbs/38_models.published.ipynb #cb83ab06
 @network_scores.register
 def _published_scores(cfg: PublishedTeacherConfig, state: TeacherState, user_idx, step: int = 16): # Users at a time
     if not state.head: return network_scores.dispatch(TeacherConfig)(cfg, state, user_idx)
@@ -157,7 +162,7 @@ def _published_scores(cfg: PublishedTeacherConfig, state: TeacherState, user_idx
     items = torch.cat([torch.from_numpy(state.item_emb), text["item"]], 1)
     with torch.no_grad(): return torch.cat([mlp(users[a:a + step], items) for a in range(0, len(users), step)]).numpy()
 
-# %% ../../nbs/38_models.published.ipynb #e5985801
+# %% ../../nbs/38_models.published.ipynb #8e7ed918
 @dataclass(frozen=True)
 class PublishedStudentConfig(StudentConfig):
     "Options of the student with its scoring network; at their defaults it is the student of the main path."
@@ -165,17 +170,17 @@ class PublishedStudentConfig(StudentConfig):
                        choices=("dot", "mlp"))
 
     @classmethod
-    def as_printed(cls):
+    def paper_settings(cls):
         return cls(lr=1e-3, lr_schedule="constant", batch_size=256, epochs=200, patience=15, reg=1e-3, loss="mse",
                    n_negatives=32, emb_dim=64, select_by="validation", head="mlp")
 
-# %% ../../nbs/38_models.published.ipynb #23fee980
+# %% ../../nbs/38_models.published.ipynb #a6c1d46e
 def mlp_head(user, item, w_user, w_item, b1, w2): # [B, d], [n, d] and the head's weights; numpy or torch
     "Return the logits of all pairs [B, n]: two layers, the second without bias."
     h = (user @ w_user)[:, None] + (item @ w_item)[None] + b1
     return ((h * (h > 0)) @ w2)[..., 0]
 
-# %% ../../nbs/38_models.published.ipynb #329b3dae
+# %% ../../nbs/38_models.published.ipynb #34b1bc38
 class PublishedStudentModule(StudentModule):
     "CompactGCN with a scoring network beside the dot product."
     def __init__(self, cfg: PublishedStudentConfig, train, reviews, device="cpu"):
@@ -198,7 +203,7 @@ class PublishedStudentModule(StudentModule):
 
     def head_arrays(self) -> dict: return {k: v.detach().cpu().numpy().copy() for k, v in self.head.items()}
 
-# %% ../../nbs/38_models.published.ipynb #7d10fbcf
+# %% ../../nbs/38_models.published.ipynb #e0007f1e
 @build_student.register
 def _published_student(cfg: PublishedStudentConfig, train, reviews, device="cpu"):
     return PublishedStudentModule(cfg, train, reviews, device)
@@ -211,10 +216,10 @@ def _published_rows(cfg: PublishedStudentConfig, state: StudentState, user_emb, 
     starts = range(0, len(dot), step)
     return dot + np.concatenate([mlp_head(user_emb[a:a + step], state.item_emb, **state.head) for a in starts])
 
-# %% ../../nbs/38_models.published.ipynb #4252ed51
+# %% ../../nbs/38_models.published.ipynb #d230528a
 @dataclass(frozen=True)
 class PublishedTargetConfig(TargetConfig):
-    "What is taken from the teacher, with the losses as printed; at their defaults the losses of the main path."
+    "What is taken from the teacher, with the losses as published; at their defaults the losses of the main path."
     soft_labels: str = option("modified", "published: softmax of sigmoid outputs",
                               choices=("modified", "published", "none"))
     contrast: str = option("none", "structural and positional transfer (18-20)",
@@ -226,37 +231,37 @@ class PublishedTargetConfig(TargetConfig):
     gamma: float = option(1., "student's share in the interpolation (13) at first; reaches 1; 1: off", lo=0., hi=1.)
 
     @classmethod
-    def as_printed(cls):
+    def paper_settings(cls):
         return cls(init="random", score_exponent=1., soft_labels="published", kd_weight=.5, temperature=1., t_max=10.,
                    contrast="published", gamma=.5)
 
-# %% ../../nbs/38_models.published.ipynb #ac43e689
+# %% ../../nbs/38_models.published.ipynb #84a6df96
 def published_soft_loss(model: StudentModule, teacher: TeacherState,
                         zu, zi, # [G, d], [I, d]
                         who, # int64 [G]
                         temp: float):
-    "Return the soft-label loss of sigmoid outputs over the whole catalogue, equations (11) and (15) as printed."
+    "Return the soft-label loss of sigmoid outputs over the whole catalogue, equations (11) and (15) as published."
     outputs = 1 / (1 + np.exp(-hgnn_scores(teacher, who.cpu().numpy())))
     outputs = torch.as_tensor(np.asarray(outputs, np.float32), device=zu.device)
     return soft_label_loss(torch.sigmoid(model.logits(zu, zi)), outputs, temp)
 
-# %% ../../nbs/38_models.published.ipynb #d556e91b
+# %% ../../nbs/38_models.published.ipynb #e2abe340
 def interpolate(z, # (users [U, d], items [I, d]) of the student
                 teacher, # The same of the teacher, constant
                 gamma: float): # The student's share
     "Return gamma Z^s + (1 - gamma) Z^t for both sides, equation (13)."
     return z if gamma == 1 else tuple(gamma * s + (1 - gamma) * t for s, t in zip(z, teacher))
 
-# %% ../../nbs/38_models.published.ipynb #c74d747e
+# %% ../../nbs/38_models.published.ipynb #2d9f8ecf
 def published_contrast(z_teacher, z_student, # [B, d] the same vertices
                        position_sim, # [B, B] cosines of positions
                        alpha: float, # Structure against position, 0 to 1
                        temp: float):
-    "Return the contrastive loss as printed, equations (18-20)."
+    "Return the contrastive loss as published, equations (18-20)."
     sim = alpha * F.normalize(z_teacher, dim=1) @ F.normalize(z_student, dim=1).T + (1 - alpha) * position_sim
     return F.cross_entropy(sim / temp, torch.arange(len(sim), device=sim.device))
 
-# %% ../../nbs/38_models.published.ipynb #32188c93
+# %% ../../nbs/38_models.published.ipynb #8f94ae0e
 def similarity_transfer(z_teacher, z_student, # [B, d] the same vertices
                         position_sim, # [B, B]
                         alpha: float, # Structure against position, 0 to 1
@@ -266,10 +271,10 @@ def similarity_transfer(z_teacher, z_student, # [B, d] the same vertices
     target = F.softmax((alpha * unit_t @ unit_t.T + (1 - alpha) * position_sim) / temp, 1)
     return F.kl_div(F.log_softmax(unit_s @ unit_t.T / temp, 1), target, reduction="batchmean")
 
-# %% ../../nbs/38_models.published.ipynb #d242bf1c
+# %% ../../nbs/38_models.published.ipynb #804c5bfd
 @dataclass(frozen=True, eq=False)
 class PublishedTargets:
-    "What the losses as printed read, as constants on the training's device."
+    "What the losses as published read, as constants on the training's device."
     soft: SoftLabels
     rows: tuple # (users [U, d], items [I, d]): SVD rows of the teacher's scores
     positions: tuple # The same two of the positions [N, r], of unit length; empty without contrast
@@ -283,7 +288,7 @@ def _published_targets(cfg: PublishedTargetConfig, targets: DistillationTargets,
     positions = () if cfg.contrast == "none" else tuple(position(hg) for hg in build_hypergraphs(teacher.train))
     return PublishedTargets(targets.soft, (tensor(targets.users), tensor(targets.items)), positions, teacher)
 
-# %% ../../nbs/38_models.published.ipynb #6806f40b
+# %% ../../nbs/38_models.published.ipynb #f26bd490
 def contrast_loss(cfg: PublishedTargetConfig, targets: PublishedTargets,
                   side: int, # 0: users, 1: items
                   z, # [N, d] the student's rows of that side
@@ -293,7 +298,7 @@ def contrast_loss(cfg: PublishedTargetConfig, targets: PublishedTargets,
     loss = published_contrast if cfg.contrast == "published" else similarity_transfer
     return loss(targets.rows[side][rows], z[rows], p @ p.T, cfg.alpha, cfg.contrast_temp)
 
-# %% ../../nbs/38_models.published.ipynb #6216357b
+# %% ../../nbs/38_models.published.ipynb #0c5a0329
 @distill_loss.register
 def _published_loss(cfg: PublishedTargetConfig, model, targets, train, users, items, epoch, gen):
     z, n_epochs = model(), model.cfg.epochs
@@ -313,7 +318,7 @@ def _published_loss(cfg: PublishedTargetConfig, model, targets, train, users, it
              + model.cfg.reg * l2_penalty(z[0][users], z[1][items]))
     return total, dict(hard=hard, soft=soft, user=contrast[0], item=contrast[1])
 
-# %% ../../nbs/38_models.published.ipynb #72f842a6
+# %% ../../nbs/38_models.published.ipynb #f87256f9
 FORMS = {TeacherConfig: PublishedTeacherConfig, StudentConfig: PublishedStudentConfig,
          TargetConfig: PublishedTargetConfig}
 

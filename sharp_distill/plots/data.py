@@ -11,7 +11,7 @@ import pandas as pd
 import seaborn as sns
 
 from .style import (
-    PALETTE, house_theme, label_lines, log_scale, name_ticks, need_columns, new_axes, new_axis, short)
+    PALETTE, house_theme, label_lines, log_scale, name_ticks, need_columns, new_axes, new_axis)
 
 # %% ../../nbs/02_plots.data.ipynb #96fb1cb7
 SIDES = dict(users=PALETTE["blue"], items=PALETTE["green"]) # side -> colour
