@@ -374,7 +374,7 @@ def tail_frame(data: Interactions) -> pd.DataFrame: # side, place in % from the 
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/14_data.interactions.ipynb #62a0d4de
-def length_frame(data: Interactions) -> pd.DataFrame: # words (upper edge of the bin), rows
+def length_frame(data: Interactions) -> pd.DataFrame: # words (first number of words of the bin; 0: no text), rows
     "Count reviews by their number of words, in bins that double."
     words = word_counts(data)
     edges = 2 ** np.arange(0, max(int(words.max()), 1).bit_length() + 1)

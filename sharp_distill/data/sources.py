@@ -276,7 +276,7 @@ def unknown_name(name: str) -> str:
     near = did_you_mean(name, [*local_files(), *known_names()]) or (
         " Known: sample, yelp, amazon_cds, amazon_beauty, amazon_cellphones, amazon_sports and every name in "
         "datasets(everything=True).")
-    return f"{name!r} is no data set, no file, and no name under $SHARP_DISTILL_DATA or data/.{near}"
+    return f"{name!r} is not a known data set, a file, or a name in $SHARP_DISTILL_DATA or data/.{near}"
 
 # %% ../../nbs/12_data.sources.ipynb #e56f21a0
 def fetch(name: str) -> Path: # A file on this computer

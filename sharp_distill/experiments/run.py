@@ -100,7 +100,7 @@ class RunConfig(Config):
     published: PublishedSwitches = part(PublishedSwitches)
 
     @property
-    def model_names(self) -> list: # The methods, with those of the person's own that were registered
+    def model_names(self) -> list: # The methods, those that a user registered included
         "Return the methods of the run; teacher and student are always among them."
         asked = [n.strip() for n in self.models.split(",") if n.strip()]
         for n in asked: method(n)
@@ -190,7 +190,7 @@ class Fitted:
     @property
     def teacher(self): return self.scorers["teacher"].state # TeacherState
     @property
-    def histories(self) -> dict: # Name -> frame of epochs; the student's selection criterion is its fidelity
+    def histories(self) -> dict: # Name -> frame of epochs; the student's column is called fidelity where that selects its epoch
         "Return how each training went."
         frames = {n: h.to_frame() for n,
                   s in self.scorers.items() if (h := s.history or getattr(s.state, "history", None)) is not None}

@@ -106,7 +106,7 @@ class RP3betaConfig(Config):
 
 
 def fit_rp3beta(split, cfg: RP3betaConfig = RP3betaConfig()) -> Scorer:
-    "Fit a three-step random walk item-user-item, divided by the popularity of where it ends."
+    "Fit a random walk user-item-user-item (three steps), divided by the popularity of where it ends."
     with Stopwatch() as w: B = item_graph(split.train.to_csr(), cfg.alpha, cfg.alpha, cfg.beta, cfg.n_neighbours)
     return item_scorer("rp3beta", split, B, w.s, cfg.to_dict())
 

@@ -52,7 +52,7 @@ class StudentConfig(TrainConfig):
         from sharp_distill.models.published import PublishedStudentConfig
         return PublishedStudentConfig.paper_settings()
 
-# %% ../../nbs/37_models.distillation.ipynb #de0d118a
+# %% ../../nbs/37_models.distillation.ipynb #b279d315
 @dataclass(frozen=True)
 class NoDistillationConfig(StudentConfig):
     "How the same student is trained without a teacher."
@@ -64,7 +64,7 @@ class NoDistillationConfig(StudentConfig):
     reg: float = option(1e-3, "L2 weight on the rows of a batch", lo=0.)
     select_by: str = option("validation", "there is no teacher to be faithful to", choices=("validation",))
 
-# %% ../../nbs/37_models.distillation.ipynb #92623f03
+# %% ../../nbs/37_models.distillation.ipynb #ee4c798f
 @dataclass(frozen=True)
 class TargetConfig(Config):
     "What is taken from the teacher."
@@ -111,7 +111,7 @@ def user_blocks(n_users: int, n_items: int, most: int = 2**23): # Yields int64 a
     step = max(1, most // n_items)
     for at in range(0, n_users, step): yield np.arange(at, min(at + step, n_users))
 
-# %% ../../nbs/37_models.distillation.ipynb #01815dd7
+# %% ../../nbs/37_models.distillation.ipynb #f89120e7
 def gather_soft_labels(score, # user_idx int64 [B] -> float32 [B, I], the teacher
                        train: sp.csr_matrix, # [U, I], left out
                        n_top: int = N_TOP, # Items a user
@@ -140,7 +140,7 @@ def temperature_at(epoch: int, n_epochs: int, cfg: TargetConfig) -> float:
     "Return the temperature of an epoch, equation (12)."
     return annealed(max(cfg.t_max, cfg.temperature), cfg.temperature, epoch, n_epochs)
 
-# %% ../../nbs/37_models.distillation.ipynb #fd65a7da
+# %% ../../nbs/37_models.distillation.ipynb #ff5cf6f0
 def sharpened(scores: np.ndarray, # float32 [B, I] standardised
               exponent: float) -> np.ndarray: # float32 [B, I]
     "Raise scores to a power and keep their sign."
@@ -165,7 +165,7 @@ def svd_targets(score, # user_idx int64 [B] -> float32 [B, I], the teacher
     balance = np.sqrt(np.linalg.norm(Y) / n_users ** .5 / max(np.linalg.norm(V) / n_items ** .5, 1e-9))
     return (Y / balance).astype(np.float32), (V * balance).astype(np.float32)
 
-# %% ../../nbs/37_models.distillation.ipynb #d55ee5c8
+# %% ../../nbs/37_models.distillation.ipynb #be114838
 SCALES = tuple(2. ** (k / 2) for k in range(-12, 5)) # tried for the SVD initialisation
 
 
@@ -194,7 +194,7 @@ def gather_options(emb_dim: int, cfg: TargetConfig, seed: int) -> dict:
     "List what the targets depend on beside the teacher."
     return dict(emb_dim=emb_dim, score_exponent=cfg.score_exponent, temperature=cfg.temperature, seed=seed)
 
-# %% ../../nbs/37_models.distillation.ipynb #29796054
+# %% ../../nbs/37_models.distillation.ipynb #0cd3d60a
 def gather_targets(teacher: TeacherState,
                    emb_dim: int, # Width of the student
                    cfg: TargetConfig = TargetConfig(),
@@ -237,14 +237,14 @@ class StudentModule(nn.Module):
     def pair_logits(self, zu, zi): return (zi @ zu[..., None])[..., 0] # [B, d], [B, C, d] -> [B, C]
     def head_arrays(self) -> dict: return {} # Weights of a scoring network
 
-# %% ../../nbs/37_models.distillation.ipynb #e52c9a2e
+# %% ../../nbs/37_models.distillation.ipynb #abb313f6
 @singledispatch
 def build_student(cfg: StudentConfig, # Its type picks the form
                   train: sp.csr_matrix, reviews, device="cpu") -> nn.Module: # [U, I], of the same split
     "Return an untrained student."
     return StudentModule(cfg, train, reviews, device)
 
-# %% ../../nbs/37_models.distillation.ipynb #7fe2c5db
+# %% ../../nbs/37_models.distillation.ipynb #fdbdd1a2
 def freeze_student(model: StudentModule, train: sp.csr_matrix, split, reviews) -> StudentState:
     "Copy a student's present rows and maps into a state."
     with torch.no_grad(): parts = (*model(), model.message, model.user_map, model.item_map)
@@ -263,7 +263,7 @@ def ridge_map(x: np.ndarray, y: np.ndarray, # [n, c], [n, d]
     penalty = ridge * (np.trace(gram) / len(gram) + 1e-9) * np.eye(len(gram), dtype=x.dtype)
     return np.linalg.solve(gram + penalty, x.T @ y).astype(np.float32)
 
-# %% ../../nbs/37_models.distillation.ipynb #f004f3e7
+# %% ../../nbs/37_models.distillation.ipynb #c5b7c502
 def fit_messages(edges: sp.csr_matrix, # [U, I] edge weights
                  own: np.ndarray, # [U, d_t + 1] what users say of themselves, times the self-loop
                  Y: np.ndarray, # [U, d] rows to reach
@@ -292,7 +292,7 @@ def soft_share(cfg: TargetConfig | None, targets) -> float: # beta, 0 to 1
     "Return the share of the soft labels in the loss."
     return 0. if targets is None or cfg.soft_labels == "none" else cfg.kd_weight
 
-# %% ../../nbs/37_models.distillation.ipynb #3bd7c9f1
+# %% ../../nbs/37_models.distillation.ipynb #3ecadd89
 def soft_loss(model: StudentModule, soft: SoftLabels, zu, zi, # Rows of the batch's users [G, d], all items [I, d]
               logits, # [G, n] of the candidates, -inf for train items
               who, temp: float): # int64 [G]; T
@@ -337,7 +337,7 @@ def fidelity(score, # user_idx int64 [B] -> [B, I]
     shown = recommend_topk(score, users, train, wanted.shape[1])
     return float((shown[:, :, None] == wanted[:, None]).any(1)[wanted >= 0].mean())
 
-# %% ../../nbs/37_models.distillation.ipynb #c96aa805
+# %% ../../nbs/37_models.distillation.ipynb #97bb22e5
 def draw_items(train: sp.csr_matrix, # [U, I]
                users, # int64 [B], each with a train item
                gen: torch.Generator): # int64 [B]
@@ -347,7 +347,7 @@ def draw_items(train: sp.csr_matrix, # [U, I]
     drawn = train.indices[start + (share * (stop - start)).astype(np.int64)]
     return torch.as_tensor(drawn.astype(np.int64), device=users.device)
 
-# %% ../../nbs/37_models.distillation.ipynb #62526bf0
+# %% ../../nbs/37_models.distillation.ipynb #28c8e504
 def check_inputs(split, reviews, teacher, targets, expected: dict | None): # `expected`: of `gather_options`
     "Refuse reviews, teacher and targets of another split, and targets gathered with other options."
     for name, x in dict(reviews=reviews, teacher=teacher, targets=targets).items():
@@ -357,7 +357,7 @@ def check_inputs(split, reviews, teacher, targets, expected: dict | None): # `ex
     if targets is not None and targets.options != expected:
         raise UserError(f"the targets were gathered with {targets.options}: expected {expected}; gather them again.")
 
-# %% ../../nbs/37_models.distillation.ipynb #d3ebe70d
+# %% ../../nbs/37_models.distillation.ipynb #a027ce8b
 @singledispatch
 def prepare_targets(cfg: TargetConfig, # Its type picks the form
                     targets: DistillationTargets, teacher: TeacherState, device):

@@ -26,7 +26,7 @@ def _refuse_large(n_items: int, n_matrices: int):
     if n_items <= MAX_ITEMS: return
     gib = n_matrices * 4 * n_items**2 / 2**30
     raise UserError(f"{n_items:,} items: the closed form would take {gib:.1f} GiB ({n_matrices} x 4 x items² bytes); "
-                    f"expected at most {MAX_ITEMS:,} items, else itemknn, rp3beta or gfcf.")
+                    f"expected at most {MAX_ITEMS:,} items, beyond that use itemknn, rp3beta or gfcf.")
 
 # %% ../../nbs/32_models.item_filter.ipynb #996202c8
 EDGE_POWER = .5

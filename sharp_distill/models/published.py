@@ -8,7 +8,7 @@ __all__ = ['VIEW_DROP', 'FORMS', 'PublishedTeacherConfig', 'ReLULayers', 'Fusion
            'PublishedTargetConfig', 'published_soft_loss', 'interpolate', 'published_contrast', 'similarity_transfer',
            'PublishedTargets', 'contrast_loss', 'with_switches']
 
-# %% ../../nbs/38_models.published.ipynb #b5f429a5
+# %% ../../nbs/38_models.published.ipynb #0be54d6d
 import copy
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ from .distillation import (
     DistillationTargets, SoftLabels, StudentConfig, StudentModule, TargetConfig, annealed, build_student, distill_loss,
     prepare_targets, soft_label_loss, soft_loss, soft_share, temperature_at)
 
-# %% ../../nbs/38_models.published.ipynb #decb968b
+# %% ../../nbs/38_models.published.ipynb #800fb448
 @dataclass(frozen=True)
 class PublishedTeacherConfig(TeacherConfig):
     "Options of the teacher with its switches as published; at their defaults it is the teacher of the main path."
@@ -43,7 +43,7 @@ class PublishedTeacherConfig(TeacherConfig):
         return cls(lr=1e-3, batch_size=256, epochs=200, loss="mse", n_negatives=32, layer="relu", head="mlp",
                    intra_weight=.1, session_weight=0., item_filter="none")
 
-# %% ../../nbs/38_models.published.ipynb #db5d4ec1
+# %% ../../nbs/38_models.published.ipynb #7a9e01ed
 class ReLULayers(nn.Module):
     "Hypergraph layers as published, equation (3)."
     def __init__(self, emb_dim: int, n_layers: int, gen: torch.Generator, grad_checkpoint: bool = False):
@@ -59,7 +59,7 @@ class ReLULayers(nn.Module):
         for theta in self.theta: x = run(x, theta)
         return x
 
-# %% ../../nbs/38_models.published.ipynb #31003d3e
+# %% ../../nbs/38_models.published.ipynb #5fa0222d
 class FusionMLP(nn.Module):
     "The fusion network of equations (6-8): three layers over a user's and an item's vectors."
     def __init__(self, emb_dim: int, gen: torch.Generator):
@@ -82,7 +82,7 @@ class FusionMLP(nn.Module):
         "Return the logits of all pairs."
         return self.tail((user @ self.w_user)[:, None] + (item @ self.w_item)[None])
 
-# %% ../../nbs/38_models.published.ipynb #b92c62df
+# %% ../../nbs/38_models.published.ipynb #4dc3dab2
 class PublishedTeacherModule(TeacherModule):
     "The teacher's networks with layers and scoring network as published."
     def __init__(self, cfg: PublishedTeacherConfig, train, reviews, device="cpu", sessions=None):
@@ -111,7 +111,7 @@ class PublishedTeacherModule(TeacherModule):
         text = {f"text_{s}": self.text_rows(s, slice(None)) for s in SIDES}
         return {k: v.detach().cpu().numpy().copy() for k, v in (self.mlp.state_dict() | text).items()}
 
-# %% ../../nbs/38_models.published.ipynb #34a388a5
+# %% ../../nbs/38_models.published.ipynb #e4131c7e
 VIEW_DROP = .05 # share of hyperedges left out of a view
 
 
@@ -124,7 +124,7 @@ def drop_hyperedges(op: SparseOp, # A [N, E]
     each_row = kept.repeat_interleave(op.A_t.crow_indices().diff())
     return SparseOp(scaled(op.A, kept[op.A.col_indices()]), scaled(op.A_t, each_row))
 
-# %% ../../nbs/38_models.published.ipynb #5f9328ce
+# %% ../../nbs/38_models.published.ipynb #d0bd5bad
 def dropped_view(model: TeacherModule, share: float, gen: torch.Generator) -> tuple: # ([U, d], [I, d])
     "Return the embeddings with a share of the hyperedges left out."
     other = copy.copy(model) # the same parameters
@@ -138,19 +138,19 @@ def intra_loss(model: TeacherModule, rows, # Distinct users and distinct items o
     first, second = dropped_view(model, share, gen), dropped_view(model, share, gen)
     return sum(info_nce(a[r], b[r]) for a, b, r in zip(first, second, rows))
 
-# %% ../../nbs/38_models.published.ipynb #80922e5c
+# %% ../../nbs/38_models.published.ipynb #33115927
 @build_network.register
 def _published_network(cfg: PublishedTeacherConfig, train, reviews, device="cpu", sessions=None):
     return PublishedTeacherModule(cfg, train, reviews, device, sessions)
 
-# %% ../../nbs/38_models.published.ipynb #5999e744
+# %% ../../nbs/38_models.published.ipynb #330be756
 @teacher_loss.register
 def _published_teacher_loss(cfg: PublishedTeacherConfig, model, train, users, items, gen):
     total, parts = teacher_loss.dispatch(TeacherConfig)(cfg, model, train, users, items, gen)
     intra = intra_loss(model, (users.unique(), items.unique()), gen) if cfg.intra_weight else 0.
     return total + cfg.intra_weight * intra, parts | dict(intra=intra)
 
-# %% ../../nbs/38_models.published.ipynb #cb83ab06
+# %% ../../nbs/38_models.published.ipynb #e02cad9c
 @network_scores.register
 def _published_scores(cfg: PublishedTeacherConfig, state: TeacherState, user_idx, step: int = 16): # Users at a time
     if not state.head: return network_scores.dispatch(TeacherConfig)(cfg, state, user_idx)
@@ -162,7 +162,7 @@ def _published_scores(cfg: PublishedTeacherConfig, state: TeacherState, user_idx
     items = torch.cat([torch.from_numpy(state.item_emb), text["item"]], 1)
     with torch.no_grad(): return torch.cat([mlp(users[a:a + step], items) for a in range(0, len(users), step)]).numpy()
 
-# %% ../../nbs/38_models.published.ipynb #8e7ed918
+# %% ../../nbs/38_models.published.ipynb #9b817e1a
 @dataclass(frozen=True)
 class PublishedStudentConfig(StudentConfig):
     "Options of the student with its scoring network; at their defaults it is the student of the main path."
@@ -174,13 +174,13 @@ class PublishedStudentConfig(StudentConfig):
         return cls(lr=1e-3, lr_schedule="constant", batch_size=256, epochs=200, patience=15, reg=1e-3, loss="mse",
                    n_negatives=32, emb_dim=64, select_by="validation", head="mlp")
 
-# %% ../../nbs/38_models.published.ipynb #a6c1d46e
+# %% ../../nbs/38_models.published.ipynb #6c2b148f
 def mlp_head(user, item, w_user, w_item, b1, w2): # [B, d], [n, d] and the head's weights; numpy or torch
     "Return the logits of all pairs [B, n]: two layers, the second without bias."
     h = (user @ w_user)[:, None] + (item @ w_item)[None] + b1
     return ((h * (h > 0)) @ w2)[..., 0]
 
-# %% ../../nbs/38_models.published.ipynb #34b1bc38
+# %% ../../nbs/38_models.published.ipynb #5a064f8d
 class PublishedStudentModule(StudentModule):
     "CompactGCN with a scoring network beside the dot product."
     def __init__(self, cfg: PublishedStudentConfig, train, reviews, device="cpu"):
@@ -203,7 +203,7 @@ class PublishedStudentModule(StudentModule):
 
     def head_arrays(self) -> dict: return {k: v.detach().cpu().numpy().copy() for k, v in self.head.items()}
 
-# %% ../../nbs/38_models.published.ipynb #e0007f1e
+# %% ../../nbs/38_models.published.ipynb #1b7e18d7
 @build_student.register
 def _published_student(cfg: PublishedStudentConfig, train, reviews, device="cpu"):
     return PublishedStudentModule(cfg, train, reviews, device)
@@ -216,7 +216,7 @@ def _published_rows(cfg: PublishedStudentConfig, state: StudentState, user_emb, 
     starts = range(0, len(dot), step)
     return dot + np.concatenate([mlp_head(user_emb[a:a + step], state.item_emb, **state.head) for a in starts])
 
-# %% ../../nbs/38_models.published.ipynb #d230528a
+# %% ../../nbs/38_models.published.ipynb #b0388bb3
 @dataclass(frozen=True)
 class PublishedTargetConfig(TargetConfig):
     "What is taken from the teacher, with the losses as published; at their defaults the losses of the main path."
@@ -235,7 +235,7 @@ class PublishedTargetConfig(TargetConfig):
         return cls(init="random", score_exponent=1., soft_labels="published", kd_weight=.5, temperature=1., t_max=10.,
                    contrast="published", gamma=.5)
 
-# %% ../../nbs/38_models.published.ipynb #84a6df96
+# %% ../../nbs/38_models.published.ipynb #3bed5034
 def published_soft_loss(model: StudentModule, teacher: TeacherState,
                         zu, zi, # [G, d], [I, d]
                         who, # int64 [G]
@@ -245,14 +245,14 @@ def published_soft_loss(model: StudentModule, teacher: TeacherState,
     outputs = torch.as_tensor(np.asarray(outputs, np.float32), device=zu.device)
     return soft_label_loss(torch.sigmoid(model.logits(zu, zi)), outputs, temp)
 
-# %% ../../nbs/38_models.published.ipynb #e2abe340
+# %% ../../nbs/38_models.published.ipynb #111560f8
 def interpolate(z, # (users [U, d], items [I, d]) of the student
                 teacher, # The same of the teacher, constant
                 gamma: float): # The student's share
     "Return gamma Z^s + (1 - gamma) Z^t for both sides, equation (13)."
     return z if gamma == 1 else tuple(gamma * s + (1 - gamma) * t for s, t in zip(z, teacher))
 
-# %% ../../nbs/38_models.published.ipynb #2d9f8ecf
+# %% ../../nbs/38_models.published.ipynb #9923b9ee
 def published_contrast(z_teacher, z_student, # [B, d] the same vertices
                        position_sim, # [B, B] cosines of positions
                        alpha: float, # Structure against position, 0 to 1
@@ -261,7 +261,7 @@ def published_contrast(z_teacher, z_student, # [B, d] the same vertices
     sim = alpha * F.normalize(z_teacher, dim=1) @ F.normalize(z_student, dim=1).T + (1 - alpha) * position_sim
     return F.cross_entropy(sim / temp, torch.arange(len(sim), device=sim.device))
 
-# %% ../../nbs/38_models.published.ipynb #8f94ae0e
+# %% ../../nbs/38_models.published.ipynb #9239e17b
 def similarity_transfer(z_teacher, z_student, # [B, d] the same vertices
                         position_sim, # [B, B]
                         alpha: float, # Structure against position, 0 to 1
@@ -271,7 +271,7 @@ def similarity_transfer(z_teacher, z_student, # [B, d] the same vertices
     target = F.softmax((alpha * unit_t @ unit_t.T + (1 - alpha) * position_sim) / temp, 1)
     return F.kl_div(F.log_softmax(unit_s @ unit_t.T / temp, 1), target, reduction="batchmean")
 
-# %% ../../nbs/38_models.published.ipynb #804c5bfd
+# %% ../../nbs/38_models.published.ipynb #eee9276a
 @dataclass(frozen=True, eq=False)
 class PublishedTargets:
     "What the losses as published read, as constants on the training's device."
@@ -288,7 +288,7 @@ def _published_targets(cfg: PublishedTargetConfig, targets: DistillationTargets,
     positions = () if cfg.contrast == "none" else tuple(position(hg) for hg in build_hypergraphs(teacher.train))
     return PublishedTargets(targets.soft, (tensor(targets.users), tensor(targets.items)), positions, teacher)
 
-# %% ../../nbs/38_models.published.ipynb #f26bd490
+# %% ../../nbs/38_models.published.ipynb #91063c3a
 def contrast_loss(cfg: PublishedTargetConfig, targets: PublishedTargets,
                   side: int, # 0: users, 1: items
                   z, # [N, d] the student's rows of that side
@@ -298,7 +298,7 @@ def contrast_loss(cfg: PublishedTargetConfig, targets: PublishedTargets,
     loss = published_contrast if cfg.contrast == "published" else similarity_transfer
     return loss(targets.rows[side][rows], z[rows], p @ p.T, cfg.alpha, cfg.contrast_temp)
 
-# %% ../../nbs/38_models.published.ipynb #0c5a0329
+# %% ../../nbs/38_models.published.ipynb #8bb0b00a
 @distill_loss.register
 def _published_loss(cfg: PublishedTargetConfig, model, targets, train, users, items, epoch, gen):
     z, n_epochs = model(), model.cfg.epochs
@@ -318,7 +318,7 @@ def _published_loss(cfg: PublishedTargetConfig, model, targets, train, users, it
              + model.cfg.reg * l2_penalty(z[0][users], z[1][items]))
     return total, dict(hard=hard, soft=soft, user=contrast[0], item=contrast[1])
 
-# %% ../../nbs/38_models.published.ipynb #f87256f9
+# %% ../../nbs/38_models.published.ipynb #1bc09dc7
 FORMS = {TeacherConfig: PublishedTeacherConfig, StudentConfig: PublishedStudentConfig,
          TargetConfig: PublishedTargetConfig}
 

@@ -290,7 +290,7 @@ class DistilledConfig(Config):
 
 def shared_targets(fits: Fits, cfg: DistilledConfig) -> tuple: # (TeacherState, DistillationTargets)
     "Return the teacher of a student's seed and the targets it gives, gathered once for all students that share them."
-    # weighs, not gathers
+    # the weight acts in the loss only
     seed, emb_dim, gathered = cfg.student.seed, cfg.student.emb_dim, cfg.targets.replace(kd_weight=1.)
     teacher = fits.fit("teacher", seed).state
     key = ("targets", fits.config("teacher", seed=seed).sha(), gathered.sha(), emb_dim, seed)

@@ -95,7 +95,7 @@ class TeacherModule(nn.Module):
 
     def head_arrays(self) -> dict: return {} # Weights of a scoring network
 
-# %% ../../nbs/35_models.teacher.ipynb #64955d6c
+# %% ../../nbs/35_models.teacher.ipynb #8de3227f
 @singledispatch
 def build_network(cfg: TeacherConfig, # Its type picks the form
                   train: sp.csr_matrix, # [U, I]
@@ -116,7 +116,7 @@ def align_loss(model: TeacherModule, z, # (Z_U [U, d], Z_I [I, d])
         total = total + info_nce(emb[r], model.text_rows(side, r))
     return total
 
-# %% ../../nbs/35_models.teacher.ipynb #c4a819dd
+# %% ../../nbs/35_models.teacher.ipynb #72c73359
 @singledispatch
 def teacher_loss(cfg: TeacherConfig, # Its type picks the form
                  model: TeacherModule,
@@ -161,7 +161,7 @@ class TeacherState:
         read = [self.train.data, self.train.indices, self.train.indptr]
         return sum(a.nbytes for a in self._trained + read)
 
-# %% ../../nbs/35_models.teacher.ipynb #7dce757b
+# %% ../../nbs/35_models.teacher.ipynb #0dcb27d4
 def freeze_teacher(model: TeacherModule, train: sp.csr_matrix, split, reviews) -> TeacherState:
     "Copy a module's present embeddings into a state."
     with torch.no_grad(): users, items = (z.cpu().numpy().copy() for z in model())
@@ -173,7 +173,7 @@ def standardise(scores: np.ndarray) -> np.ndarray: # float32 [B, I] -> the same 
     centred = scores - scores.mean(1, keepdims=True)
     return centred / np.maximum(centred.std(1, keepdims=True), 1e-9)
 
-# %% ../../nbs/35_models.teacher.ipynb #d1cc7bb4
+# %% ../../nbs/35_models.teacher.ipynb #0775168e
 @singledispatch
 def network_scores(cfg: TeacherConfig, # Of the state; its type picks the form
                    state: TeacherState,
@@ -182,7 +182,7 @@ def network_scores(cfg: TeacherConfig, # Of the state; its type picks the form
     "Score the catalogue with a state's networks."
     return state.user_emb[user_idx] @ state.item_emb.T
 
-# %% ../../nbs/35_models.teacher.ipynb #261ffefb
+# %% ../../nbs/35_models.teacher.ipynb #ffffce21
 def hgnn_scores(state: TeacherState, user_idx: np.ndarray) -> np.ndarray: # int64 [B] -> float32 [B, I]
     "Score the catalogue with the networks alone."
     return network_scores(state.config, state, user_idx)
@@ -195,7 +195,7 @@ def teacher_scores(state: TeacherState, user_idx: np.ndarray) -> np.ndarray: # i
     ridge = np.asarray(state.train[user_idx] @ state.item_filter)
     return standardise(scores) + np.float32(state.filter_weight) * standardise(ridge)
 
-# %% ../../nbs/35_models.teacher.ipynb #1fb9cfba
+# %% ../../nbs/35_models.teacher.ipynb #0c339326
 def teacher_scorer(state: TeacherState, name: str = "teacher") -> Scorer:
     "Wrap a teacher for the evaluation."
     dot = state.item_filter is None and not state.head
@@ -210,7 +210,7 @@ def teacher_sessions(split, cfg: TeacherConfig = TeacherConfig()): # csr [I, S],
     H = session_hyperedges(split.train)
     return H if H.shape[1] else None
 
-# %% ../../nbs/35_models.teacher.ipynb #8b9208a0
+# %% ../../nbs/35_models.teacher.ipynb #507c0902
 def wants_filter(cfg: TeacherConfig, n_items: int) -> bool:
     "Say whether a teacher of this catalogue has an item-item ridge; refuse one that is too large."
     if cfg.item_filter == "ridge" and n_items > MAX_ITEMS:
@@ -218,7 +218,7 @@ def wants_filter(cfg: TeacherConfig, n_items: int) -> bool:
                         "'auto' leaves the ridge out.")
     return cfg.item_filter != "none" and n_items <= MAX_ITEMS
 
-# %% ../../nbs/35_models.teacher.ipynb #21133904
+# %% ../../nbs/35_models.teacher.ipynb #cd65b81c
 FUSION_GRID = (.25, .5, 1., 2., 4.) # weights of the ridge beside the networks
 
 
@@ -226,7 +226,7 @@ def valid_ndcg(score, split) -> float: # `score`: user_idx int64 [B] -> [B, I]
     "Return NDCG@10 on the validation part."
     return evaluate(score, split, "valid", ks=(10,)).mean("NDCG@10")
 
-# %% ../../nbs/35_models.teacher.ipynb #3d0396e4
+# %% ../../nbs/35_models.teacher.ipynb #f32116ad
 def fuse(state: TeacherState, found: ItemFilter, split) -> TeacherState:
     "Add an item-item ridge to trained networks, with the weight that validation prefers."
     with Stopwatch() as t:
@@ -236,7 +236,7 @@ def fuse(state: TeacherState, found: ItemFilter, split) -> TeacherState:
     valid = state.valid | dict(filter=found.valid, filter_options=found.options, filter_weight=best, fused=ndcg[best])
     return replace(fused[best], valid=valid, train_s=state.train_s + found.train_s + t.s)
 
-# %% ../../nbs/35_models.teacher.ipynb #7bf1a0bf
+# %% ../../nbs/35_models.teacher.ipynb #6e7a1302
 def train_teacher(split, reviews, # Of the same split
                   cfg: TeacherConfig = TeacherConfig(),
                   checkpoint=None, # File to continue from

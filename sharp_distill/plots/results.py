@@ -258,7 +258,7 @@ def plot_alignment(df: pd.DataFrame, # a, b, cka: 0 to 1
     name_ticks(ax, [model_label(n) for n in names[:-1]], "x", .5)
     name_ticks(ax, [model_label(n) for n in names[1:]], "y", .5, rotation=0)
     ax.tick_params(length=0)
-    ax.set(title="Who sees users alike? CKA, 1 is the same", xlabel="", ylabel="")
+    ax.set(title="How similar are the representations of users? (CKA, 1: identical)", xlabel="", ylabel="")
     return ax
 
 # %% ../../nbs/03_plots.results.ipynb #9d39911c

@@ -87,7 +87,7 @@ def tiny_deberta(folder, # Where it is saved
                  texts: list, # What its tokenizer learns from
                  version: int = 2, # 1 or 2
                  seed: int = 0) -> str: # The folder, a name that `encode_reviews` accepts
-    "Save an untrained DeBERTa of some thousand numbers, for tests and toys."
+    "Save an untrained DeBERTa of some ten thousand numbers, for tests and toys."
     import torch
     from transformers import DebertaConfig, DebertaModel, DebertaV2Config, DebertaV2Model
     shape = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
