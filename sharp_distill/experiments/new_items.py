@@ -46,7 +46,8 @@ def hold_out_items(data: Interactions, # Cleaned: one row a pair
     early = place_within(data.item_idx, by_time) < np.ceil(count / 2)[data.item_idx]
     others, later = data.take(~is_new), data.take(is_new & ~early)
     if not len(later):
-        raise UserError(f"none of {len(items)} new items has a second row: expected a larger share than {share}, or more data.")
+        raise UserError(f"none of {len(items)} new items has a second row: "
+                        f"expected a larger share than {share}, or more data.")
     part = assign_random(others, (1 - valid, valid, 0.), seed)
     return NewItems(Split(others.take(part == 0), others.take(part == 1), later, "new items", seed),
                     data.take(is_new & early), items)

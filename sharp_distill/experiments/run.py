@@ -42,7 +42,8 @@ class DataConfig(Config):
     dataset: str = option("sample", "name, or path of a file")
     k_core: int = option(0, "least rows a user and an item must have; 0: the default of the data set", lo=0)
     min_rating: float = option(0., "leave out lower ratings; 0 keeps all")
-    columns: str = option("", "which column is which, where names are not recognised: pairs, as the error line shows them")
+    columns: str = option("", "which column is which, where names are not recognised: pairs,"
+                              " as the error line shows them")
     encoding: str = option("utf-8", ENCODING_HELP)
     bad_rows: str = option("error", "a row that cannot be read", choices=("error", "skip"))
 
@@ -190,7 +191,7 @@ class Fitted:
     @property
     def teacher(self): return self.scorers["teacher"].state # TeacherState
     @property
-    def histories(self) -> dict: # Name -> frame of epochs; the student's column is called fidelity where that selects its epoch
+    def histories(self) -> dict: # Name -> frame of epochs; the student's may show its fidelity to the teacher
         "Return how each training went."
         frames = {n: h.to_frame() for n,
                   s in self.scorers.items() if (h := s.history or getattr(s.state, "history", None)) is not None}

@@ -49,7 +49,8 @@ def plot_board(df: pd.DataFrame, # mean; where known low, high (over seeds), use
     if len(level): ax.axvline(level.item(), color=model_style("popularity")["color"], ls=":", lw=1, zorder=0)
     groups = [f" ({g})" for g in df["group"]] if "group" in df else [""] * len(df)
     name_ticks(ax, [labels[n] + g for n, g in zip(names, groups)])
-    ax.set(xlabel=f"test {metric}, {over}", ylabel="", xlim=(0, 1.14 * ends.max()), title="Which model is best on the leaderboard?")
+    ax.set(xlabel=f"test {metric}, {over}", ylabel="", xlim=(0, 1.14 * ends.max()),
+           title="Which model is best on the leaderboard?")
     return ax
 
 # %% ../../nbs/04_plots.boards.ipynb #859c1747
