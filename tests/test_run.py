@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, execute
 
 from sharp_distill.core import UserError
+from sharp_distill.data.interactions import make_sample
 from sharp_distill.experiments.record import check_record
 from sharp_distill.experiments.run import RunConfig, prepare, run_config
 from sharp_distill.serve.recommender import Recommender
@@ -73,21 +74,31 @@ def test_mistakes_are_one_line(options, words):
     assert "\n" not in str(e.value)
 
 
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    "A CSV of 240 users: no study of this file needs more."
+    path = tmp_path_factory.mktemp("data") / "books.csv"
+    make_sample(n_users=240, n_items=120).to_frame().to_csv(path, index=False)
+    return str(path)
+
+
+STUDIES = ("ablation", "sensitivity", "scalability", "reproduce")
 OTHERS = {
     "ablation": TINY | dict(component="soft_labels"), "sensitivity": TINY | dict(param="alpha", values="0,1"),
     "scalability": TINY | dict(shares="0.5,1", nodes="300,600"), "reproduce": TINY | dict(models="popularity,student"),
-    "speed_report": dict(preset="quick", repeats=3, budget_s=3.0, text=False), "leaderboard": {}, "results": {}, "limits": None, "map": None,
+    "speed_report": dict(preset="quick", repeats=3, budget_s=1.0, threads=1, text=False), "leaderboard": {}, "results": {}, "limits": None, "map": None,
     "train_encoder": dict(n_windows=300, steps=10, adapt_steps=3, vocab_size=800),
     "encoder_report": dict(encoders="none,tfidf", regs="300,600", text_weights="1,3")}
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_other_run_notebook(name, tmp_path):
+def test_every_other_run_notebook(name, tmp_path, books):
     given = OTHERS[name]
+    if name in STUDIES: given = given | dict(dataset=books)
     reads = name in ("leaderboard", "results", "limits", "map") # these draw what is stored
     cells = execute(ROOT / f"nbs/{name}.ipynb", given if given is None or reads else given | dict(output_dir=str(tmp_path)))
     if not reads: assert list(tmp_path.rglob("*.json")), "the notebook left no record"
-    if name in ("ablation", "sensitivity", "scalability", "reproduce"):
+    if name in STUDIES:
         assert list((tmp_path / name).glob("*.png")) and list((tmp_path / name).glob("*.csv"))
         assert "".join(cells[-1].outputs[0]["text"]).strip() # it says what to notice
     if name == "results": assert sum("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", [])) >= 6
