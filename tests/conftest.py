@@ -10,13 +10,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before numpy and torch are imported
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(name, "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ["SHARP_DISTILL_QUIET"] = "1"
-TOGETHER = ("test_grid", "test_board", "test_site")  # files whose tests share a costly fixture
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.stem in TOGETHER: item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)

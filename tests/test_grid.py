@@ -16,6 +16,8 @@ from sharp_distill.experiments.run import RunConfig
 QUICK = RunConfig.from_dict(dict(teacher_epochs=1, epochs=1, emb_dim=8, encoder="none", teacher_item_filter="none"))
 SMALL = dict(job=dict(n_users=200))
 
+pytestmark = pytest.mark.xdist_group("grid") # one grid for all
+
 
 @pytest.fixture(scope="module")
 def grid(): return [make_job(QUICK, Change("full", **SMALL)), make_job(QUICK, Change("other", targets=dict(contrast="modified"), **SMALL))]

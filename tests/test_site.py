@@ -11,6 +11,8 @@ pytest.importorskip("myst_nb")
 sys.path.insert(0, str(ROOT / "tools"))
 import docs # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("site") # one site for all
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
