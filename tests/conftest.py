@@ -2,6 +2,7 @@
 import contextlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,3 +52,16 @@ def execute(path, parameters=None, folder=ROOT / "nbs"):
         except BaseException:
             pytest.fail((shell.prettytb(fname=path) or "the notebook stopped")[-4000:], pytrace=False)
     return nb.cells
+
+
+WORDS = "amp loud warm string neck bright cable pick solid cheap tone strap case tuner stand pedal".split()
+
+
+def written_split(n=300, n_users=40, n_items=60):
+    "What an encoder reads of a split, with drawn reviews; the last two users and items have none."
+    import numpy as np
+    r = np.random.default_rng(0)
+    review = np.array([" ".join(r.choice(WORDS, 6)) for _ in range(n)], object)
+    train = SimpleNamespace(user_idx=r.integers(0, n_users - 2, n), item_idx=r.integers(0, n_items - 2, n),
+                            review=review, n_users=n_users, n_items=n_items)
+    return SimpleNamespace(train=train, sha="made")

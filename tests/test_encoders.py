@@ -1,14 +1,13 @@
 """Neural encoders: what the notebooks 20 to 26 do not already assert."""
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import WORDS, written_split
 
 from sharp_distill.core import UserError
 from sharp_distill.text.encoders import ReviewConfig, encode_texts, find_encoder, load_encoder, tiny_deberta
 from sharp_distill.text.reviews import encode_reviews
 
-WORDS = "amp loud warm string neck bright cable pick solid cheap tone strap case tuner stand pedal".split()
 ODD = ["", " ", "\x00\x01", None, float("nan"), 7, "a", "🎸" * 50, "منتج رائع", "很好用", "<br><br>", "\ud800",
        "x" * 100_000, "&lt;b&gt;", "e\u0301" * 900]
 
@@ -30,16 +29,8 @@ def shipped():
     return load_encoder("shipped", ReviewConfig(device="cpu"))
 
 
-def make(n=300, n_users=40, n_items=60):
-    r = np.random.default_rng(0)
-    review = np.array([" ".join(r.choice(WORDS, 6)) for _ in range(n)], object)
-    train = SimpleNamespace(user_idx=r.integers(0, n_users - 2, n), item_idx=r.integers(0, n_items - 2, n),
-                            review=review, n_users=n_users, n_items=n_items)
-    return SimpleNamespace(train=train, sha="made")
-
-
 def test_rows_without_text_are_zero_and_nothing_is_nan(tiny):
-    split = make()
+    split = written_split()
     split.train.review[split.train.item_idx == 3] = " \u200b\n"
     for finish in ("none", "center", "whiten", "within"): # one encoding, four ways to finish it
         z = encode_reviews(split, tiny, ReviewConfig(finish=finish, max_tokens=12))
@@ -50,7 +41,7 @@ def test_rows_without_text_are_zero_and_nothing_is_nan(tiny):
 
 @pytest.mark.parametrize("encoder", ["tfidf", "tiny"])
 def test_any_text_gives_a_finite_vector_or_none(encoder, tiny):
-    split = make()
+    split = written_split()
     split.train.review[:len(ODD)], split.train.item_idx[:len(ODD)] = ODD, 59 # an item with nothing else
     z = encode_reviews(split, encoder.replace("tiny", tiny), ReviewConfig(n_dims=8, max_tokens=12, max_chunks=4))
     assert np.isfinite(z.item).all() and np.isfinite(z.user).all() and z.item[59].any()

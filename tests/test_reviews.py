@@ -5,28 +5,18 @@ import subprocess
 import sys
 import time
 import zlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import written_split
 
 from sharp_distill.text.kernels import sharpen, text_kernel
 from sharp_distill.text.vector_cache import cached_vectors, read_vectors, write_vectors
 from sharp_distill.text.words import item_tfidf
 
-WORDS = "amp loud warm string neck bright cable pick solid cheap tone strap case tuner stand pedal".split()
-
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch): monkeypatch.setenv("SHARP_DISTILL_QUIET", "1")
-
-
-def make(n=300, n_users=40, n_items=60):
-    r = np.random.default_rng(0)
-    review = np.array([" ".join(r.choice(WORDS, 6)) for _ in range(n)], object)
-    train = SimpleNamespace(user_idx=r.integers(0, n_users - 2, n), item_idx=r.integers(0, n_items - 2, n),
-                            review=review, n_users=n_users, n_items=n_items)
-    return SimpleNamespace(train=train, sha="made")
 
 
 def test_words_need_neither_torch_nor_transformers():
@@ -45,7 +35,7 @@ assert not loaded, loaded
 
 
 def test_permuting_items_permutes_rows():
-    split, order = make(), np.random.default_rng(3).permutation(60)
+    split, order = written_split(), np.random.default_rng(3).permutation(60)
     before = item_tfidf(split).toarray()
     split.train.item_idx = order[split.train.item_idx]
     assert np.allclose(item_tfidf(split).toarray()[order], before) and before.any()
@@ -53,7 +43,7 @@ def test_permuting_items_permutes_rows():
 
 @pytest.mark.parametrize("encoder", ["tfidf_full", "tfidf"])
 def test_items_without_text_are_like_nothing(encoder):
-    K = text_kernel(make(), encoder)
+    K = text_kernel(written_split(), encoder)
     S = sharpen(K, 2.)
     assert not K[58:].any() and not S[58:].any() and (S[:58, :58] > 0).sum() > (K[:58, :58] > 0).sum() - 1
     assert np.isfinite(S).all() and np.isclose(K.diagonal()[:58].mean(), 1, atol=.05)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PROTOCOLS', 'PART_WORDS', 'Split', 'part_sizes', 'assign_random', 'assign_global', 'known_times',
-           'assign_last', 'assign_temporal', 'check_split', 'check_fractions', 'make_split', 'split_stats',
-           'save_split', 'load_split', 'on_vocabulary', 'split_from_parts', 'split_from_files', 'split_from_column']
+           'assign_last', 'assign_temporal', 'check_split', 'check_fractions', 'make_split', 'same_day_share',
+           'split_stats', 'save_split', 'load_split', 'on_vocabulary', 'split_from_parts', 'split_from_files',
+           'split_from_column']
 
 # %% ../../nbs/15_data.split.ipynb #502d101b
 from dataclasses import asdict, dataclass
@@ -155,6 +156,16 @@ def make_split(data: Interactions, # Cleaned: one row a pair
     part = assign(data, fractions, seed)
     return check_split(Split(*(data.take(part == p) for p in range(3)), protocol, seed))
 
+# %% ../../nbs/15_data.split.ipynb #a5d10002
+def same_day_share(part: Interactions, # Such as test
+                   train: Interactions, # On the same vocabulary
+                   ): # float between 0 and 1; None where no row of the part has a time
+    "Return the share of a part's rows whose user has a train row of the same day (UTC)."
+    known, learned = part.timestamp >= 0, train.timestamp >= 0
+    if not known.any(): return None
+    key = lambda d, at: d.user_idx[at].astype(np.int64) * 10**6 + d.timestamp[at] // 86_400
+    return float(np.isin(key(part, known), key(train, learned)).mean())
+
 # %% ../../nbs/15_data.split.ipynb #52145275
 def _repeated(part, train, min_words=10): # Share of a part's long texts that stand in train
     "Count texts that train already has, word for word."
@@ -177,6 +188,7 @@ def split_stats(split: Split) -> pd.DataFrame: # One row a part
                         cold_users=count(part.user_idx[cold_u]), cold_items=count(part.item_idx[cold_i]),
                         cold_rows=(cold_u | cold_i).mean() if len(part) else 0.0,
                         text_in_train=_repeated(part, split.train) if name != "train" else 0.0,
+                        same_day=same_day_share(part, split.train) if name != "train" else None,
                         first_day=day(when.min()), last_day=day(when.max())))
     return pd.DataFrame(out).set_index("part")
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..core import UserError, machine, peak_mib, read_json, versions, write_json
 from ..data.evaluation import Scorer, EvalResult
+from ..data.split import same_day_share
 
 # %% ../../nbs/51_experiments.record.ipynb #004a6553
 FORMAT = 3 # of records; older ones are read as missing and made again
@@ -40,7 +41,8 @@ def make_record(kind: str, # "run" or "job"
     return dict(format=FORMAT, kind=kind, dataset=name, data_sha=data.sha,
                 size=dict(users=data.n_users, items=data.n_items, rows=len(data)), provenance=[vars(s)
                     for s in data.provenance],
-                split=dict(protocol=split.protocol, sha=split.sha, seed=split.seed),
+                split=dict(protocol=split.protocol, sha=split.sha, seed=split.seed,
+                           same_day=same_day_share(split.test, split.train)),
                 models={n: model_record(s, results[n], time_of(n)) for n, s in scorers.items()}, **facts,
                 versions=versions(), device=machine(), peak_mib=peak_mib())
 
