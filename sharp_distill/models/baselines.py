@@ -18,6 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..core import Config, Stopwatch, UserError, option, pick_device, progress, torch_rng
@@ -245,10 +246,12 @@ def _implicit_als():
 
 def fit_ials(split, cfg: IALSConfig = IALSConfig()) -> Scorer:
     "Fit weighted matrix factorisation by alternating least squares (Hu et al.), through `implicit`."
-    model = _implicit_als().AlternatingLeastSquares(
-        factors=cfg.emb_dim, regularization=cfg.reg, alpha=cfg.alpha, iterations=cfg.epochs, random_state=cfg.seed,
-        num_threads=torch.get_num_threads())
-    with Stopwatch() as w: model.fit(split.train.to_csr(), show_progress=False)
+    als = _implicit_als()
+    with threadpool_limits(1, "blas"), Stopwatch() as w:        # it has threads of its own
+        model = als.AlternatingLeastSquares(
+            factors=cfg.emb_dim, regularization=cfg.reg, alpha=cfg.alpha, iterations=cfg.epochs, random_state=cfg.seed,
+            num_threads=torch.get_num_threads())
+        model.fit(split.train.to_csr(), show_progress=False)
     return embedding_scorer("ials", model.user_factors, model.item_factors, w.s, config=cfg.to_dict())
 
 # %% ../../nbs/33_models.baselines.ipynb #50fec3d6
