@@ -36,6 +36,7 @@ from ..data.split import make_split
 from ..text.reviews import ReviewConfig, encode_reviews
 from ..models import distillation, item_filter, published, student, teacher, training
 from ..models.distillation import StudentConfig, TargetConfig, distill, gather_targets
+from ..models.item_filter import filter_scores
 from ..models.published import PublishedStudentConfig, PublishedTargetConfig, PublishedTeacherConfig
 from ..models.registry import Fits, NoDistillationConfig, fit_method, method
 from ..models.student import student_scorer
@@ -209,7 +210,7 @@ def alignment(teacher_state, student_state, split, reviews, n: int = 400) -> lis
     views = {"student": student_scorer(student_state)(users), "teacher": teacher_scorer(teacher_state)(users),
              "networks": hgnn_scores(teacher_state, users), "text": reviews.user[users]}
     if teacher_state.item_filter is not None:
-        views["item-item ridge"] = teacher_state.train[users] @ teacher_state.item_filter
+        views["item-item ridge"] = filter_scores(teacher_state.train[users], teacher_state.item_filter)
     views = {name: np.asarray(rows) for name, rows in views.items() if np.ptp(rows) > 0}
     return [dict(a=a, b=b, cka=cka(views[a], views[b])) for i, a in enumerate(views) for b in list(views)[i + 1:]]
 

@@ -30,7 +30,8 @@ from ..models.teacher import TeacherConfig
 from ..models.student import StudentState
 from ..models.distillation import StudentConfig, TargetConfig, distill
 from ..models.published import with_switches
-from ..models.registry import DistilledConfig, Fits, fit_method, method, methods, shared_targets
+from ..models.registry import (
+    DistilledConfig, Fits, fit_method, method, methods, methods_for, shared_targets)
 from ..serve.recommender import build_recommender
 from .latency import time_queries
 from .record import make_record
@@ -201,8 +202,8 @@ class Fitted:
 
 def fit_models(prepared: Prepared, cfg: RunConfig) -> Fitted:
     "Fit every method of a run, then read the test part once for each."
-    fits, too_large = run_fits(prepared, cfg), lambda n: prepared.split.n_items > method(n).max_items
-    scorers = {n: fit_on_grid(n, fits, cfg.seed) for n in cfg.model_names if not too_large(n)}
+    fits = run_fits(prepared, cfg)
+    scorers = {n: fit_on_grid(n, fits, cfg.seed) for n in methods_for(cfg.model_names, prepared.split.n_items)}
     ks = tuple(sorted({5, 10, 20, cfg.k}))
     return Fitted(scorers, {n: evaluate(s, prepared.split, "test", ks) for n, s in progress(scorers.items(), "test")},
                   fits)

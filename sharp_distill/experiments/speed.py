@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'REGIMES', 'FASTEST', 'OWN_TEACHER', 'TRAINED', 'WHOLE', 'RATIO_LIMITS', 'SpeedConfig', 'size_graph',
-           'measure_speed', 'measure_graphs', 'measure_sizes', 'measure_sets', 'speedups', 'teacher_training',
-           'student_training', 'measure_training', 'FittedModel', 'teacher_operators', 'timed_teacher', 'fit_shallow',
-           'fit_graph_models', 'fit_distilled', 'fitted_models', 'quality_records', 'measure_quality', 'speedup_checks',
-           'format_check', 'speed_criteria']
+           'measure_speed', 'measure_graphs', 'measure_sizes', 'measure_sets', 'speedups', 'solve_once', 'random_ridge',
+           'teacher_training', 'student_training', 'measure_training', 'FittedModel', 'teacher_operators',
+           'timed_teacher', 'fit_shallow', 'fit_graph_models', 'fit_distilled', 'fitted_models', 'quality_records',
+           'measure_quality', 'speedup_checks', 'format_check', 'speed_criteria']
 
 # %% ../../nbs/59_experiments.speed.ipynb #a42952f3
 import types
@@ -125,11 +125,30 @@ def _train_facts(model, cfg, step_s: float, n_rows: int, batch: int, **seconds) 
     return dict(step_s=step_s, batch_size=batch, epochs=cfg.epochs, steps=steps, **seconds,
                 train_s=steps * step_s + sum(seconds.values()), n_params=sum(p.numel() for p in model.parameters()))
 
+# %% ../../nbs/59_experiments.speed.ipynb #68a045af
+def solve_once(R): # csr [U, I]
+    "Solve the teacher's item-item ridge for one setting, ids only."
+    from sharp_distill.models.item_filter import (
+        EDGE_POWER, N_NEIGHBOURS, ItemGram, nearest_items, solve_local, sparse_gram, text_likeness)
+    no_text = text_likeness(np.zeros((R.shape[1], 1), np.float32))
+    gram = ItemGram(sparse_gram(R, EDGE_POWER), no_text, R.nnz / R.shape[1])
+    return solve_local(gram, nearest_items(gram, N_NEIGHBOURS), [dict(ridge=300., text_weight=0.)])[0]
+
+
+def random_ridge(n_items: int, gen): # csr [I, I]
+    "Draw an item-item ridge with as many weights as the default has."
+    from sharp_distill.models.item_filter import N_NEIGHBOURS
+    n = min(N_NEIGHBOURS, n_items - 1)
+    near = np.concatenate([gen.choice(n_items, n, replace=False) for _ in range(n_items)])
+    B = sp.csr_matrix((gen.normal(size=near.size).astype(np.float32), near, np.arange(0, near.size + 1, n)),
+                      shape=(n_items, n_items))
+    return B.T.tocsr()
+
 # %% ../../nbs/59_experiments.speed.ipynb #59000012
 def teacher_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int = 4) -> dict:
-    "Time a step of the default teacher, and one solve of its ridge where the catalogue allows one."
-    from sharp_distill.models.item_filter import FILTER_GRID, item_gram, solve_ridge
-    from sharp_distill.models.teacher import TeacherConfig, build_network, teacher_loss, wants_filter
+    "Time a step of the default teacher, and one solve of its ridge."
+    from sharp_distill.models.item_filter import FILTER_GRID, SOME_ITEMS
+    from sharp_distill.models.teacher import TeacherConfig, build_network, teacher_loss
     from sharp_distill.models.training import resolve_batch_size
     use_threads(threads)
     R, cfg, gen = size_graph(nodes, seed), TeacherConfig(seed=seed, device="cpu"), rng(seed, "batch")
@@ -137,20 +156,18 @@ def teacher_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int =
     some = np.argsort(gen.permutation(R.shape[0])[pairs.row], kind="stable")[:batch] # whole users, in any order
     step_s = _time_steps(model, (pairs.row[some], pairs.col[some]),
                          lambda u, i, epoch, gen: teacher_loss(cfg, model, R, u, i, gen), cfg, n_steps)
-    n_settings, ridge_s = 1 + sum(len(values) - 1 for values in FILTER_GRID.values()), 0.
-    if wants_filter(cfg, R.shape[1]):
-        with Stopwatch() as ridge: solve_ridge(item_gram(R), 300., overwrite=True)
-        ridge_s = ridge.s * n_settings
-    return _train_facts(model, cfg, step_s, R.nnz, min(batch, R.nnz), ridge_s=ridge_s)
+    with Stopwatch() as ridge: solve_once(R)
+    n_settings = len(FILTER_GRID["ridge"]) * min(1, SOME_ITEMS / R.shape[1]) + 1       # without text
+    return _train_facts(model, cfg, step_s, R.nnz, min(batch, R.nnz), ridge_s=ridge.s * n_settings)
 
 # %% ../../nbs/59_experiments.speed.ipynb #59000014
 def _gather_seconds(R, gen, emb_dim: int, n_users: int = 2048) -> tuple: # Targets of some users, seconds for all
     "Gather targets from a teacher of random numbers for some users, and scale the seconds up."
     from sharp_distill.models.distillation import gather_targets
-    from sharp_distill.models.teacher import TeacherConfig, TeacherState, wants_filter
+    from sharp_distill.models.teacher import TeacherConfig, TeacherState
     cfg, n = TeacherConfig(), min(n_users, R.shape[0])
     users, items = (gen.normal(size=(rows, cfg.emb_dim)).astype(np.float32) for rows in (n, R.shape[1]))
-    ridge = gen.normal(size=2 * R.shape[1:]).astype(np.float32) if wants_filter(cfg, R.shape[1]) else None
+    ridge = random_ridge(R.shape[1], gen)
     targets = gather_targets(TeacherState(users, items, ridge, 1., R[:n], cfg, "", "random"), emb_dim)
     return targets, targets.gather_s * R.shape[0] / n
 
@@ -220,7 +237,7 @@ def timed_teacher(case: BenchmarkCase, state, # A TeacherState of the default fo
     inputs = teacher_inputs(operators(split.train.to_csr()), state.user_emb, state.item_emb, n_layers)
     def finish(scores):
         if state.item_filter is None: return scores
-        ridge = state.item_filter[case.exclude].sum(0)
+        ridge = np.asarray(state.item_filter[case.exclude].sum(0)).ravel()
         return (standardise(scores[None]) + np.float32(state.filter_weight) * standardise(ridge[None]))[0]
     return hypergraph_model(case, "teacher", inputs, n_layers, operators=operators, finish=finish)
 

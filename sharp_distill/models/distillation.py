@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['N_TOP', 'ANNEAL_SHARE', 'SCALES', 'ITEM_RIDGE', 'StudentConfig', 'NoDistillationConfig', 'TargetConfig',
-           'soft_label_loss', 'SoftLabels', 'user_blocks', 'gather_soft_labels', 'annealed', 'temperature_at',
-           'sharpened', 'svd_targets', 'softmax_scale', 'DistillationTargets', 'gather_options', 'gather_targets',
-           'StudentModule', 'build_student', 'freeze_student', 'ridge_map', 'fit_messages', 'init_from_svd',
-           'soft_share', 'soft_loss', 'distill_loss', 'fidelity', 'draw_items', 'check_inputs', 'prepare_targets',
-           'distill']
+           'soft_label_loss', 'SoftLabels', 'gather_soft_labels', 'annealed', 'temperature_at', 'svd_targets',
+           'softmax_scale', 'DistillationTargets', 'gather_options', 'gather_targets', 'StudentModule', 'build_student',
+           'freeze_student', 'ridge_map', 'fit_messages', 'init_from_svd', 'soft_share', 'soft_loss', 'distill_loss',
+           'fidelity', 'check_inputs', 'prepare_targets', 'distill']
 
 # %% ../../nbs/37_models.distillation.ipynb #df050349
 from dataclasses import dataclass, replace
 from functools import singledispatch
+from typing import ClassVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -24,8 +24,9 @@ from torch import nn
 from ..core import Config, Stopwatch, UserError, option, pick_device, rng, torch_rng
 from ..data.evaluation import recommend_topk
 from .hypergraphs import SparseOp, student_edges
-from .training import TrainConfig, fit, l2_penalty, mask_train, ranking_loss, sample_candidates
-from .teacher import TeacherState, standardise, teacher_scores, valid_ndcg
+from .training import (
+    TrainConfig, draw_items, fit, l2_penalty, mask_train, ranking_loss, sample_candidates, valid_ndcg, within_steps)
+from .teacher import TeacherState, score_operator, standardise, teacher_scores, user_blocks
 from .student import StudentState, compact_gcn, student_scores
 
 # %% ../../nbs/37_models.distillation.ipynb #66479758
@@ -34,10 +35,12 @@ class StudentConfig(TrainConfig):
     "What the student is and how it is trained."
     lr: float = option(.03, "Adam learning rate", lo=0.)
     lr_schedule: str = option("cosine", "cosine: falls to 0 along half a wave", choices=("constant", "cosine"))
-    batch_size: int = option(512, "users a step (train interactions without distillation); 0: by size", lo=0)
+    least_batch: ClassVar[int] = 512
+    batch_size: int = option(0, "users a step (train interactions without distillation); 0: by size, from 512", lo=0)
     epochs: int = option(60, "most passes over the users", lo=0)
     patience: int = option(60, "validations without a better one before stopping; a falling lr needs its way", lo=1)
     reg: float = option(0., "L2 weight on the rows of a batch", lo=0.)
+    most_steps: int = option(800, "most optimiser steps: fewer epochs where they would be more; 0: no limit", lo=0)
     emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
     use_text: bool = option(True, "give the student the review vectors")
     select_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, "
@@ -58,7 +61,9 @@ class NoDistillationConfig(StudentConfig):
     "How the same student is trained without a teacher."
     lr: float = option(5e-3, "Adam learning rate", lo=0.)
     lr_schedule: str = option("constant", "cosine: falls to 0 along half a wave", choices=("constant", "cosine"))
+    least_batch: ClassVar[int] = 1024
     batch_size: int = option(1024, "train interactions a step; 0: by size", lo=0)
+    most_steps: int = option(0, "most optimiser steps: fewer epochs where they would be more; 0: no limit", lo=0)
     epochs: int = option(40, "most passes over the train interactions", lo=0)
     patience: int = option(15, "validations without a better one before stopping", lo=1)
     reg: float = option(1e-3, "L2 weight on the rows of a batch", lo=0.)
@@ -105,12 +110,6 @@ class SoftLabels:
     items: np.ndarray # int32 [U, C]
     scores: np.ndarray # float32 [U, C], -inf for train items
 
-
-def user_blocks(n_users: int, n_items: int, most: int = 2**23): # Yields int64 arrays of users
-    "Cut the users into blocks whose score rows fit in 32 MiB."
-    step = max(1, most // n_items)
-    for at in range(0, n_users, step): yield np.arange(at, min(at + step, n_users))
-
 # %% ../../nbs/37_models.distillation.ipynb #f89120e7
 def gather_soft_labels(score, # user_idx int64 [B] -> float32 [B, I], the teacher
                        train: sp.csr_matrix, # [U, I], left out
@@ -140,28 +139,19 @@ def temperature_at(epoch: int, n_epochs: int, cfg: TargetConfig) -> float:
     "Return the temperature of an epoch, equation (12)."
     return annealed(max(cfg.t_max, cfg.temperature), cfg.temperature, epoch, n_epochs)
 
-# %% ../../nbs/37_models.distillation.ipynb #ff5cf6f0
-def sharpened(scores: np.ndarray, # float32 [B, I] standardised
-              exponent: float) -> np.ndarray: # float32 [B, I]
-    "Raise scores to a power and keep their sign."
-    return scores if exponent == 1 else np.sign(scores) * np.abs(scores) ** np.float32(exponent)
-
 # %% ../../nbs/37_models.distillation.ipynb #4808bd29
-def svd_targets(score, # user_idx int64 [B] -> float32 [B, I], the teacher
-                n_users: int, n_items: int,
+def svd_targets(scores, # ScoreBlocks or ScoreFactors
                 emb_dim: int, # d; columns beyond the smaller side are 0
-                exponent: float = 1., # Power of the standardised scores
                 n_iter: int = 2, seed: int = 0) -> tuple: # (users [U, d], items [I, d]) float32
-    "Return the best rank-d factors of the sharpened teacher scores, without building them."
-    blocks = list(user_blocks(n_users, n_items))
-    rows = lambda u: sharpened(standardise(np.asarray(score(u), np.float32)), exponent)
+    "Return the best rank-d factors of the scores, without building them."
+    n_users, n_items = scores.shape
     Q = rng(seed, "svd").standard_normal((n_items, min(emb_dim + 16, n_items, n_users)), dtype=np.float32)
-    for _ in range(n_iter + 1): Q = np.linalg.qr(sum((s := rows(u)).T @ (s @ Q) for u in blocks))[0]
-    C = np.vstack([rows(u) @ Q for u in blocks])
+    for _ in range(n_iter + 1): Q = np.linalg.qr(scores.normal(Q))[0]
+    C = scores.times(Q)
     _, _, rotation = np.linalg.svd(C.T @ C)
     V = np.zeros((n_items, emb_dim), np.float32)
     V[:, :rotation.shape[0]] = (Q @ rotation.T)[:, :emb_dim]
-    Y = np.vstack([rows(u) @ V for u in blocks])
+    Y = scores.times(V)
     balance = np.sqrt(np.linalg.norm(Y) / n_users ** .5 / max(np.linalg.norm(V) / n_items ** .5, 1e-9))
     return (Y / balance).astype(np.float32), (V * balance).astype(np.float32)
 
@@ -204,7 +194,7 @@ def gather_targets(teacher: TeacherState,
     score = lambda u: teacher_scores(teacher, u)
     standard = lambda u: standardise(score(u))
     with Stopwatch() as t:
-        Y, V = svd_targets(score, *teacher.train.shape, emb_dim, cfg.score_exponent, seed=seed)
+        Y, V = svd_targets(score_operator(teacher, cfg.score_exponent), emb_dim, seed=seed)
         scale = softmax_scale(Y, V, standard, cfg.temperature) ** .5
         soft = gather_soft_labels(standard, teacher.train)
     return DistillationTargets(Y * scale, V * scale, soft, gather_options(emb_dim, cfg, seed), teacher.split_sha, t.s)
@@ -337,16 +327,6 @@ def fidelity(score, # user_idx int64 [B] -> [B, I]
     shown = recommend_topk(score, users, train, wanted.shape[1])
     return float((shown[:, :, None] == wanted[:, None]).any(1)[wanted >= 0].mean())
 
-# %% ../../nbs/37_models.distillation.ipynb #97bb22e5
-def draw_items(train: sp.csr_matrix, # [U, I]
-               users, # int64 [B], each with a train item
-               gen: torch.Generator): # int64 [B]
-    "Draw one train item for each user."
-    u, share = users.cpu().numpy(), torch.rand(len(users), generator=gen, dtype=torch.float64).numpy()
-    start, stop = train.indptr[u], train.indptr[u + 1]
-    drawn = train.indices[start + (share * (stop - start)).astype(np.int64)]
-    return torch.as_tensor(drawn.astype(np.int64), device=users.device)
-
 # %% ../../nbs/37_models.distillation.ipynb #28c8e504
 def check_inputs(split, reviews, teacher, targets, expected: dict | None): # `expected`: of `gather_options`
     "Refuse reviews, teacher and targets of another split, and targets gathered with other options."
@@ -378,6 +358,9 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     elif targets is None: targets = gather_targets(teacher, cfg.emb_dim, target_cfg, cfg.seed)
     check_inputs(split, reviews, teacher, targets, teacher and gather_options(cfg.emb_dim, target_cfg, cfg.seed))
     device, train = pick_device(cfg.device), split.train.to_csr()
+    some = np.flatnonzero(np.diff(train.indptr)) # users with a train item
+    rows = (some, some) if teacher else (split.train.user_idx, split.train.item_idx)
+    cfg = within_steps(cfg, len(rows[0]))
     with Stopwatch() as setup:
         model = build_student(cfg, train, reviews, device)
         if teacher and target_cfg.init == "svd": init_from_svd(model, train, targets, target_cfg.init_ridge)
@@ -388,8 +371,6 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     def loss(users, items, epoch, gen):
         if teacher: items = draw_items(train, users, gen)
         return distill_loss(target_cfg, model, known, train, users, items, epoch, gen)
-    some = np.flatnonzero(np.diff(train.indptr)) # users with a train item
-    rows = (some, some) if teacher else (split.train.user_idx, split.train.item_idx)
     by_fidelity = teacher and target_cfg.soft_labels != "none" and cfg.select_by == "fidelity"
     also, valid = (split.sha, reviews.encoder, target_cfg and target_cfg.sha()), dict(start=ndcg())
     history = fit(model, rows, loss, asked if by_fidelity else ndcg, cfg, checkpoint, "student", also)
