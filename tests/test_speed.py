@@ -12,6 +12,7 @@ from sharp_distill.core import UserError
 from sharp_distill.data.synthetic import make_graph
 from sharp_distill.experiments import propagation as p
 from sharp_distill.experiments import speed as s
+from sharp_distill.models.training import resolve_batch_size
 from sharp_distill.experiments.latency import (
     TimingConfig, measure_apart, measure_serving, median_ratio, time_interleaved, time_queries)
 
@@ -130,8 +131,8 @@ def test_the_trainings_that_are_timed_are_the_defaults(monkeypatch):
             return real(cfg, model, *rest)
         monkeypatch.setattr(module, name, wrapper)
     spy(teacher, "teacher_loss"); spy(d, "distill_loss")
-    solve = item_filter.solve_ridge
-    monkeypatch.setattr(item_filter, "solve_ridge", lambda *a, **k: (solved.append(a[0].shape), solve(*a, **k))[1])
+    solve = item_filter.solve_local
+    monkeypatch.setattr(item_filter, "solve_local", lambda *a, **k: (solved.append(a[0].edges.shape), solve(*a, **k))[1])
     facts = s.teacher_training(1000, n_steps=2), s.student_training(1000, n_steps=2)
     U, I = s.size_graph(1000).shape
     cfg, model, _ = seen["teacher_loss"]
@@ -141,14 +142,7 @@ def test_the_trainings_that_are_timed_are_the_defaults(monkeypatch):
     cfg, model, (targets, *_) = seen["distill_loss"]
     assert cfg == d.TargetConfig() and np.isfinite(targets.soft.scores[:5]).any()
     assert model.cfg == d.StudentConfig(device="cpu") and facts[1]["n_params"] == 128 * (2 * I + 257 + 256 + 257)
-    assert facts[1]["batch_size"] == model.cfg.batch_size
-
-
-def test_no_ridge_beyond_its_largest_catalogue(monkeypatch):
-    from sharp_distill.models import item_filter, teacher
-    monkeypatch.setattr(teacher, "MAX_ITEMS", 400)
-    monkeypatch.setattr(item_filter, "solve_ridge", lambda *a, **k: pytest.fail("a ridge was solved"))
-    assert s.teacher_training(1000, n_steps=2)["ridge_s"] == 0
+    assert facts[1]["batch_size"] == resolve_batch_size(model.cfg, U)
 
 
 LIMITS = dict(hgnn=68., lightgcn=40., deep=6., light=3., faiss=3., torch=5., product=1.5, fold=2., first=1., peak=4096.,

@@ -125,7 +125,7 @@ def _train_facts(model, cfg, step_s: float, n_rows: int, batch: int, **seconds) 
     return dict(step_s=step_s, batch_size=batch, epochs=cfg.epochs, steps=steps, **seconds,
                 train_s=steps * step_s + sum(seconds.values()), n_params=sum(p.numel() for p in model.parameters()))
 
-# %% ../../nbs/59_experiments.speed.ipynb #68a045af
+# %% ../../nbs/59_experiments.speed.ipynb #51aa7cd8
 def solve_once(R): # csr [U, I]
     "Solve the teacher's item-item ridge for one setting, ids only."
     from sharp_distill.models.item_filter import (
@@ -164,8 +164,9 @@ def teacher_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int =
 def _gather_seconds(R, gen, emb_dim: int, n_users: int = 2048) -> tuple: # Targets of some users, seconds for all
     "Gather targets from a teacher of random numbers for some users, and scale the seconds up."
     from sharp_distill.models.distillation import gather_targets
-    from sharp_distill.models.teacher import TeacherConfig, TeacherState
-    cfg, n = TeacherConfig(), min(n_users, R.shape[0])
+    from sharp_distill.models.teacher import BLOCKS_UP_TO, TeacherConfig, TeacherState
+    cfg, large = TeacherConfig(), R.shape[0] * R.shape[1] > BLOCKS_UP_TO          # factors: all users at once
+    n = R.shape[0] if large else min(n_users, R.shape[0])
     users, items = (gen.normal(size=(rows, cfg.emb_dim)).astype(np.float32) for rows in (n, R.shape[1]))
     ridge = random_ridge(R.shape[1], gen)
     targets = gather_targets(TeacherState(users, items, ridge, 1., R[:n], cfg, "", "random"), emb_dim)
@@ -176,6 +177,7 @@ def student_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int =
     "Time a step of the default distilled student, and what it needs before its first step."
     from sharp_distill.models import distillation as d
     from sharp_distill.models.hypergraphs import student_edges
+    from sharp_distill.models.training import resolve_batch_size, within_steps
     use_threads(threads)
     R, gen = size_graph(nodes, seed), rng(seed, "batch")
     cfg, target_cfg = d.StudentConfig(seed=seed, device="cpu"), d.TargetConfig()
@@ -186,13 +188,14 @@ def student_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int =
     soft = d.SoftLabels(*(np.resize(a, (R.shape[0], a.shape[1])) for a in (targets.soft.items, targets.soft.scores)))
     known = replace(targets, soft=soft)
     loss = lambda u, i, epoch, gen: d.distill_loss(target_cfg, model, known, R, u, d.draw_items(R, u, gen), epoch, gen)
-    some = gen.permutation(len(targets.users))[:cfg.batch_size] # of the gathered users; each has a train item
+    cfg, batch = within_steps(cfg, R.shape[0]), resolve_batch_size(cfg, R.shape[0])
+    some = gen.permutation(len(targets.users))[:batch] # of the gathered users; each has a train item
     step_s = _time_steps(model, (some, some), loss, cfg, n_steps)
     seconds = dict(gather_s=gather_s, init_s=init.s * cfg.emb_dim / n_columns)
-    return _train_facts(model, cfg, step_s, R.shape[0], cfg.batch_size, **seconds)
+    return _train_facts(model, cfg, step_s, R.shape[0], batch, **seconds)
 
 # %% ../../nbs/59_experiments.speed.ipynb #59000016
-TRAINED = {"teacher": "the default teacher: linear layers over ids and text, item-item ridge up to 20,000 items",
+TRAINED = {"teacher": "the default teacher: linear layers over ids and text, local item-item ridge",
            "student": "the default distilled student: soft labels of a teacher, SVD initialisation"}
 
 
