@@ -232,7 +232,8 @@ def numbers(text: str, what: str, kind=float) -> tuple: # "64,128" -> (64, 128)
 
 # %% ../nbs/00_core.ipynb #6f0b4164
 @contextlib.contextmanager
-def whole_file(path): # Where the file shall stand; its folder is made
+def whole_file(path, # Where the file shall stand; its folder is made
+               mode: int = 0o644): # Who may read and write it
     "Yield a temporary path beside `path` that takes its name only if the block succeeds."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +241,7 @@ def whole_file(path): # Where the file shall stand; its folder is made
     os.close(fd)
     try:
         yield Path(tmp)
-        os.chmod(tmp, 0o644)
+        os.chmod(tmp, mode)
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally:
@@ -357,6 +358,9 @@ class Stopwatch:
 
 def peak_mib() -> float: # MiB
     "Return the most memory this process has held so far."
+    if sys.platform == "win32":
+        import psutil
+        return psutil.Process().memory_info().peak_wset / 2**20
     import resource # not on Windows
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['TILE', 'STRIDE', 'LANES', 'C_HEAP', 'C_LIST', 'C_FAST', 'C_DOT', 'C_TILE', 'C_ORDER', 'C_INDEX', 'C_ROUND',
-           'C_CORRECT', 'C_READ', 'C_FINISH', 'C_SEARCH', 'SOURCE', 'lay_out', 'compile_c', 'SearchIndex',
-           'load_search', 'find_library', 'has_fast_search', 'search_codes']
+           'C_CORRECT', 'C_READ', 'C_FINISH', 'C_SEARCH', 'SOURCE', 'lay_out', 'SearchIndex', 'load_search',
+           'search_codes', 'gives_numpys_lists', 'find_library', 'has_fast_search']
 
 # %% ../../nbs/40_serve.native.ipynb #e2541c8e
 import ctypes
 import functools
-import hashlib
-import platform
 import shutil
 import subprocess
-from pathlib import Path
+import types
+import warnings
 
 import numpy as np
 
-from ..core import UserError, cache_dir, whole_file
+from ..core import UserError
+from .compiler import compile_c
 
 # %% ../../nbs/40_serve.native.ipynb #a11c0007
 TILE = 1024  # items searched together
@@ -32,32 +32,6 @@ def lay_out(codes: np.ndarray, # int8 [n, d], n a multiple of LANES
     wide = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 4)))
     shifted = (wide.view(np.uint8) ^ 128).reshape(len(codes) // LANES, LANES, -1, 4)
     return np.ascontiguousarray(shifted.transpose(0, 2, 1, 3))
-
-# %% ../../nbs/40_serve.native.ipynb #4551158e
-def _processor() -> str:
-    "Return what tells processors with different instructions apart."
-    about = Path("/proc/cpuinfo")
-    if not about.exists(): return platform.platform() + platform.processor()
-    wanted = ("model", "flags", "Features", "CPU ")
-    return "".join(dict.fromkeys(line for line in about.read_text().splitlines() if line.startswith(wanted)))
-
-
-def compile_c(source: str, # C code
-              compiler: str = "cc", # Name or path of a C compiler
-             ) -> ctypes.CDLL:
-    "Compile C code for this processor, or load what was compiled before."
-    key = hashlib.sha256(f"{source} {_processor()}".encode()).hexdigest()[:16]
-    path = cache_dir("native") / f"search-{key}.so"
-    if not path.exists():
-        with whole_file(path) as tmp:
-            options = "-x c - -O3 -march=native -ffp-contract=off -shared -fPIC -lm".split()
-            command = [compiler, *options, "-o", str(tmp)]
-            done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=120)
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["no message"]
-                says = next((line for line in lines if "error" in line), lines[0])
-                raise UserError(f"{compiler} could not compile the search: {says}")
-    return ctypes.CDLL(str(path))
 
 # %% ../../nbs/40_serve.native.ipynb #a11c000b
 C_HEAP = f"enum {{ TILE = {TILE}, STRIDE = {STRIDE}, DEPTH = TILE / STRIDE, LANES = {LANES}, USERS = 8 }};" + r"""
@@ -362,24 +336,13 @@ SOURCE = "".join((C_HEAP, C_LIST, C_FAST, C_DOT, C_TILE, C_ORDER, C_INDEX, C_ROU
 
 
 def load_search(compiler: str = "cc", # Name or path of a C compiler
-                source: str = SOURCE): # ctypes library with `search` and `fast`
-    "Compile the search and declare its types."
-    library = compile_c(source, compiler)
-    library.search.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int32] + [ctypes.c_void_p] * 4
-    return library
-
-
-@functools.cache
-def find_library(): # ctypes library, or None where none can be made
-    "Return the compiled search of this machine."
-    for compiler in filter(None, map(shutil.which, ("cc", "gcc", "clang"))):
-        try: return load_search(compiler)
-        except (UserError, OSError, subprocess.SubprocessError): pass
-
-
-def has_fast_search() -> bool:
-    "Tell whether the compiled search is there and faster than float32."
-    return find_library() is not None and bool(find_library().fast())
+                source: str = SOURCE, # C code
+                is_right=None): # library -> bool: the test that it must pass
+    "Compile the search and declare its types: a ctypes library with `search` and `fast`."
+    def declared(library):
+        library.search.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int32] + [ctypes.c_void_p] * 4
+        return library
+    return declared(compile_c(source, compiler, is_right and (lambda library: is_right(declared(library)))))
 
 # %% ../../nbs/40_serve.native.ipynb #cb1e7081
 def search_codes(index, # With n_items and the six arrays, as a `serve.topk.ItemIndex`
@@ -388,12 +351,44 @@ def search_codes(index, # With n_items and the six arrays, as a `serve.topk.Item
                  roundoff: float, # Relative error allowed to a float32 score
                  exclude_at=None, # int64 [B + 1] where each user's places begin in `exclude`
                  exclude=None, # int64 [n] places that are not offered, sorted within a user
+                 library=None, # From `load_search`; None: that of this machine
                 ) -> tuple: # int64 [B, k], float32 [B, k]
     "Return the exact top k of a batch, on the calling thread."
     at = lambda a: None if a is None else a.ctypes.data
-    about = SearchIndex.of(index, k, roundoff)
+    about, search = SearchIndex.of(index, k, roundoff), (library or find_library()).search
     idx, score = np.empty((len(users), k), np.int64), np.empty((len(users), k), np.float32)
-    search = find_library().search
     if search(ctypes.addressof(about), at(users), len(users), at(exclude_at), at(exclude), at(idx), at(score)):
         raise MemoryError
     return idx, score
+
+# %% ../../nbs/40_serve.native.ipynb #a11c0031
+def gives_numpys_lists(library) -> bool: # Of `load_search`
+    "Compare the compiled search with a full sort by numpy, on a small catalogue with many ties."
+    gen, n, k = np.random.default_rng(0), 1500, 12
+    rows = gen.integers(-3, 4, size=(n, 6)).astype(np.float32)
+    emb = np.zeros((2 * TILE, 6), np.float32)
+    emb[:n] = rows[np.argsort(-(rows**2).sum(1), kind="stable")]
+    index = types.SimpleNamespace(n_items=n, emb=emb, item=np.arange(2 * TILE), codes=lay_out(emb.astype(np.int8)),
+                                  length=np.sqrt((emb**2).sum(1)[::TILE]).astype(float), step=np.ones(2, np.float32),
+                                  lost=np.zeros(2))
+    users = gen.integers(-3, 4, size=(9, 6)).astype(np.float32)
+    score = users @ emb[:n].T
+    best = np.argsort(-score, axis=1, kind="stable")
+    exclude = np.sort(best[:, :4], axis=1)
+    idx, found = search_codes(index, users, k, 1e-5, np.arange(0, 37, 4), exclude.ravel(), library)
+    wanted = best[:, 4:4 + k]
+    return bool((idx == wanted).all() and (found == np.take_along_axis(score, wanted, 1)).all())
+
+
+@functools.cache
+def find_library(): # ctypes library, or None where none can be made
+    "Return the compiled search of this machine, once it has been tested."
+    for compiler in filter(None, map(shutil.which, ("cc", "gcc", "clang"))):
+        try: return load_search(compiler, is_right=gives_numpys_lists)
+        except (UserError, OSError, subprocess.SubprocessError) as e:
+            warnings.warn(f"{e}; without the compiled search the lists are the same, only slower.", stacklevel=2)
+
+
+def has_fast_search() -> bool:
+    "Tell whether the compiled search is there and faster than float32."
+    return find_library() is not None and bool(find_library().fast())

@@ -106,6 +106,7 @@ class WordEncoder:
     words: tuple # [V] str
     rarity: np.ndarray # float32 [V]
     projection: np.ndarray # float32 [V, d_t]
+    n_users: np.ndarray | None = None # int64 [V] train users who wrote the word, where that was counted
 
     @property
     def n_dims(self) -> int: return self.projection.shape[1]
@@ -123,9 +124,17 @@ class WordEncoder:
         row = (1 + np.log(n)) * self.rarity[at]
         return row / np.linalg.norm(row) @ self.projection[at]
 
+    def shared_by(self, min_users: int) -> "WordEncoder":
+        "Return a copy without the words that fewer users wrote, and without the counts."
+        if self.n_users is None: return self
+        keep = self.n_users >= min_users
+        words = tuple(w for w, k in zip(self.words, keep) if k)
+        return WordEncoder(words, self.rarity[keep], self.projection[keep])
+
 # %% ../../nbs/22_text.words.ipynb #df7f84cb
 def encode_words(split, cfg: ReviewConfig) -> tuple: # float32 [U, n_dims], float32 [I, n_dims], WordEncoder
     "Reduce the TF-IDF rows of users and items."
     users, items, words, rarity = tfidf_rows(split)
     projection = text_projection(items, cfg)
-    return users @ projection, items @ projection, WordEncoder(tuple(map(str, words)), rarity, projection)
+    encoder = WordEncoder(tuple(map(str, words)), rarity, projection, users.getnnz(axis=0).astype(np.int64))
+    return users @ projection, items @ projection, encoder
