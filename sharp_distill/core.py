@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'did_you_mean', 'error_line', 'option', 'part', 'Config', 'content_sha', 'options_frame', 'pick',
-           'numbers', 'whole_file', 'write_json', 'read_json', 'cache_root', 'cache_dir', 'rng', 'torch_rng',
-           'versions', 'machine', 'pick_device', 'Stopwatch', 'peak_mib', 'coordinate_search', 'progress']
+           'numbers', 'whole_file', 'json_text', 'write_json', 'read_json', 'cache_root', 'cache_dir', 'rng',
+           'torch_rng', 'versions', 'machine', 'pick_device', 'Stopwatch', 'peak_mib', 'coordinate_search', 'progress']
 
 # %% ../nbs/00_core.ipynb #7f2b6511
 import contextlib
@@ -232,8 +232,7 @@ def numbers(text: str, what: str, kind=float) -> tuple: # "64,128" -> (64, 128)
 
 # %% ../nbs/00_core.ipynb #6f0b4164
 @contextlib.contextmanager
-def whole_file(path, # Where the file shall stand; its folder is made
-               mode: int = 0o644): # Who may read and write it
+def whole_file(path): # Where the file shall stand; its folder is made
     "Yield a temporary path beside `path` that takes its name only if the block succeeds."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +240,7 @@ def whole_file(path, # Where the file shall stand; its folder is made
     os.close(fd)
     try:
         yield Path(tmp)
-        os.chmod(tmp, mode)
+        os.chmod(tmp, 0o644)
         with open(tmp, "rb") as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally:
@@ -258,13 +257,17 @@ def _plain(x):
     return str(x) if isinstance(x, Path) else x
 
 
+def json_text(content, # Anything made of dictionaries, lists, numbers, texts and arrays
+              indent: int | None = None) -> str:
+    "Return `content` as JSON."
+    return json.dumps(_plain(content), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
 def write_json(path, # Target file
                content, # Anything made of dictionaries, lists, numbers, texts and arrays
               ) -> Path: # The written file
     "Write `content` as JSON, whole or not at all."
-    with whole_file(path) as tmp:
-        text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
-        tmp.write_text(text + "\n", encoding="utf-8")
+    with whole_file(path) as tmp: tmp.write_text(json_text(content, 1) + "\n", encoding="utf-8")
     return Path(path)
 
 

@@ -1,22 +1,28 @@
-"""Stress tests of serving: exact search against a full sort, damaged folders, unknown ids, a process without torch."""
+"""Stress tests of serving: exact search against a full sort, damaged files, races, kills, unknown ids, no torch."""
+import contextlib
 import dataclasses
-import re
+import json
+import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from conftest import written_split
 from hypothesis import given, settings, strategies as st
+from safetensors.numpy import load_file, save_file
 
 from sharp_distill.core import Config, UserError, option
 from sharp_distill.data.interactions import Interactions
 from sharp_distill.models.student import StudentState
-from sharp_distill.serve import native, topk
+from sharp_distill.serve import compiler, native, store, topk
 from sharp_distill.serve.recommender import Recommender, build_recommender
 from sharp_distill.serve.topk import exact_topk, full_sort_topk, index_items
+from sharp_distill.text.encoders import ReviewConfig
 from sharp_distill.text.reviews import TextEncoder
-from sharp_distill.text.words import WordEncoder
+from sharp_distill.text.words import WordEncoder, encode_words
 
 ENGINES = ("numpy", "torch", "int8") if native.find_library() else ("numpy", "torch")
 needs_compiler = pytest.mark.skipif("int8" not in ENGINES, reason="no C compiler")
@@ -110,6 +116,74 @@ def test_bound_of_8_bit_scores_is_needed(monkeypatch):
     assert (exact_topk(u, index, 10)[0] != wanted).any()
 
 
+# The compiled library
+
+TWICE = "int twice(int x) { return 2 * x; }"
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARP_DISTILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "native"
+
+
+def plant(path, marker): # Put a library in the place of another, under the name of its own hash
+    source = f'#include <stdio.h>\n__attribute__((constructor)) void run(void) {{ fclose(fopen("{marker}", "w")); }}\n{TWICE}'
+    evil = compiler._build(source, "cc", path.parent, path.name.split("-")[0] + "-" + path.name.split("-")[1])
+    path.unlink()
+    return evil
+
+
+@needs_compiler
+@pytest.mark.parametrize("how", ["another account's", "open file", "open folder", "open folder above", "same account"])
+def test_a_planted_library_is_not_loaded(own_cache, tmp_path, how):
+    if how == "another account's" and os.geteuid(): pytest.skip("needs root to give a file away")
+    compiler.compile_c(TWICE)
+    evil, marker = plant(next(own_cache.glob("*.so")), tmp_path / "marker"), tmp_path / "marker"
+    if how == "another account's": os.chown(evil, 65534, 65534)
+    if how == "open file": os.chmod(evil, 0o666)
+    if how == "open folder": os.chmod(own_cache, 0o777)
+    if how == "open folder above": os.chmod(own_cache.parent, 0o777)
+    warned = pytest.warns(UserWarning, match="others can write") if "folder" in how else contextlib.nullcontext()
+    with warned: assert compiler.compile_c(TWICE).twice(21) == 42
+    assert marker.exists() == (how == "same account"), "the test itself must see a library that is loaded"
+    assert evil.exists() == (how not in ("another account's", "open file"))
+
+
+@needs_compiler
+def test_a_damaged_library_is_compiled_again(own_cache):
+    compiler.compile_c(TWICE)
+    good = next(own_cache.glob("*.so"))
+    content, gen = good.read_bytes(), np.random.default_rng(0)
+    for n in range(12):
+        at = int(gen.integers(len(content)))
+        bad = content[:at] if n % 3 == 0 else content[:at] + bytes([content[at] ^ 1 << n % 8]) + content[at + 1:]
+        good.unlink(); good.write_bytes(bad) # another file: the one that is loaded stays as it is
+        assert compiler.compile_c(TWICE).twice(21) == 42 and good.read_bytes() == content
+
+
+@needs_compiler
+def test_a_library_that_searches_wrongly_is_not_used(own_cache, monkeypatch):
+    for right, wrong in (("if (s > max) max = s;", ""), ("(s == t && i > j)", "(s == t && i < j)"),
+                         ("sum += (double)u->row[c]", "sum -= (double)u->row[c]"), ("-128 * sum", "-127 * sum")):
+        assert right in native.SOURCE
+        with pytest.raises(UserError, match="answers are wrong"):
+            native.load_search(source=native.SOURCE.replace(right, wrong), is_right=native.gives_numpys_lists)
+    assert not list(own_cache.glob("*.so"))
+    monkeypatch.setattr(native, "gives_numpys_lists", lambda library: False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert native.find_library.__wrapped__() is None
+    assert "answers are wrong" in str(said[0].message)
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_used_costs_only_time(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SHARP_DISTILL_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="cannot be used"): assert compiler.compile_c(TWICE).twice(21) == 42
+
+
 # The Recommender
 
 def purchases(R):
@@ -181,47 +255,292 @@ def test_what_does_not_belong_together_is_not_built(state, train):
     with pytest.raises(UserError, match="9 rows, the interactions 8"): build_recommender(state, fewer)
 
 
+def test_ids_are_read_as_in_the_data(state, train):
+    numbered = dataclasses.replace(train, user_ids=np.array([str(n) for n in range(9)], object))
+    rec = build_recommender(state, numbered)
+    wanted = rec.recommend("3", k=3)
+    for same in (3, 3., np.float32(3), np.int64(3), [3.], np.array([3.]), b"3"):
+        assert rec.recommend(same, k=3, unknown="popular").equals(wanted), same
+    for call in (lambda: rec.recommend_new(3), lambda: rec.recommend_new([3.5]), lambda: rec.similar_items(4)):
+        with pytest.raises(UserError, match="unknown item '(3|3.5|4)'.*like 'i0'"): call()
+    for odd in (None, float("nan"), np.float32("nan"), {"3": 1}, [["3"]], [None]):
+        with pytest.raises(UserError, match="not an id"): rec.recommend(odd, unknown="popular")
+        with pytest.raises(UserError, match="not an id"): rec.recommend_new(odd)
+
+
+def test_a_list_is_never_longer_than_the_catalogue(shop):
+    assert len(shop.recommend("u1", k=10**6, all_items=True)) == len(shop.recommend_new(k=99)) == 30
+    assert len(shop.similar_items("i1", k=31)) == 29 and len(shop.recommend("x", k=40, unknown="popular")) == 30
+
+
+def test_exclusions_are_read_by_id(state, train):
+    other = dataclasses.replace(train, user_ids=train.user_ids[::-1], item_ids=train.item_ids[::-1],
+                                user_idx=8 - train.user_idx, item_idx=29 - train.item_idx)
+    more = dataclasses.replace(other, user_idx=np.array([8]), item_idx=np.array([29 - 7]))
+    offers = lambda rec: set(rec.recommend("u0", k=30).item_id)
+    assert offers(build_recommender(state, train, exclude=(other,))) == offers(build_recommender(state, train))
+    assert offers(build_recommender(state, train, exclude=(other, more))) == offers(build_recommender(state, train)) - {"i7"}
+    assert "i7" in offers(build_recommender(state, train))
+    for name in ("user_ids", "item_ids"):
+        foreign = dataclasses.replace(other, **{name: np.array([f"z{n}" for n in range(30)], object)})
+        with pytest.raises(UserError, match="unknown (user|item) 'z"): build_recommender(state, train, exclude=(foreign,))
+
+
+def test_exclude_leaves_items_out(shop):
+    for call in (lambda **o: shop.recommend(["u1", "u2"], k=30, **o), lambda **o: shop.recommend_new(["i3"], k=30, **o)):
+        for options in ({}, {"all_items": True}):
+            every, some = call(**options), call(exclude=["i1", "i9"], **options)
+            assert some.item_id.tolist() == [i for i in every.item_id if i not in ("i1", "i9")]
+
+
+def test_a_text_without_a_known_word_places_no_item(shop):
+    for options in (dict(reviews="unheard of"), dict(reviews=["", "?"]), dict(review_emb=np.zeros(2))):
+        with pytest.raises(UserError, match="nothing is known about item 'new'"): shop.with_item("new", **options)
+
+
+def test_words_of_few_users_are_not_stored(tmp_path):
+    split = written_split(n_users=12)
+    split.train.review[:3], split.train.user_idx[:3] = "4111111111111111 amp", [0, 0, 1]
+    user, item, encoder = encode_words(split, ReviewConfig(n_dims=20))
+    assert "4111111111111111" in encoder.words
+    gen, (d_t, (U, I)) = np.random.default_rng(0), (encoder.n_dims, (12, 60))
+    draw = lambda n: gen.normal(size=(n, 4)).astype(np.float32)
+    bought = purchases(sp.csr_matrix((np.ones(300), (split.train.user_idx, split.train.item_idx)), shape=(U, I)))
+    state = StudentState(draw(U), draw(I), draw(I), draw(d_t + 1), draw(d_t), np.ones(I, np.int64), ToyConfig(), "x", "tfidf")
+    for min_users, stored in ((2, True), (3, False)):
+        rec = build_recommender(state, bought, text_encoder=TextEncoder((encoder,)), min_users=min_users)
+        file = rec.save(tmp_path / str(min_users)) / store.FILE
+        assert (b"4111111111111111" in file.read_bytes()) == stored and b"amp" in file.read_bytes()
+        again = Recommender.load(file.parent)
+        assert again.facts["min_users_of_a_word"] == min_users
+        assert again.recommend_new(reviews="amp loud", k=9).equals(rec.recommend_new(reviews="amp loud", k=9))
+        assert np.allclose(rec.text_encoder("amp loud"), TextEncoder((encoder,))("amp loud"))
+
+
+def test_without_histories_nobody_is_in_the_file(shop, tmp_path):
+    small = Recommender.load(shop.save(tmp_path / "a", histories=False))
+    content = (tmp_path / "a" / store.FILE).read_bytes()
+    assert not [u for u in shop.user_ids if f'"{u}"'.encode() in content] and b'"i7"' in content
+    assert "train_indices" in load_file(tmp_path / "a" / store.FILE) and not small.train.nnz
+    ask = dict(items=["i1", "i2"], exclude=["i5"], reviews="moon", k=30)
+    assert small.recommend_new(**ask).equals(shop.recommend_new(**ask)) and len(small.recommend_new(**ask)) == 27
+    with pytest.raises(UserError, match="histories=False"): small.recommend("u1")
+    with pytest.raises(UserError, match="histories=False"): small.fold_in([], "u1")
+    assert len(small.recommend("u1", k=3, unknown="popular")) == 3
+    assert "new" in set(small.with_item("new", reviews="sea").recommend_new(k=31).item_id)
+    small.save(tmp_path / "b")
+    assert Recommender.load(tmp_path / "b").recommend_new(**ask).equals(small.recommend_new(**ask))
+
+
 # Folders
+
+def files(folder): return sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+
 
 def test_a_link_is_followed_and_strangers_are_kept(shop, tmp_path):
     shop.save(tmp_path / "v1"); (tmp_path / "now").symlink_to(tmp_path / "v1")
-    (tmp_path / "v1" / "names.json").write_text("old")
+    (tmp_path / "v1" / "thesis.txt").write_text("not to be lost")
     for _ in range(2): shop.save(tmp_path / "now")
     assert (tmp_path / "now").is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["now", "v1"]
+    assert files(tmp_path / "v1") == [store.FILE, "thesis.txt"]
     assert Recommender.load(tmp_path / "v1").recommend("u1", k=2).equals(shop.recommend("u1", k=2))
-    (tmp_path / "v1" / "recommender.json").unlink()
+    (tmp_path / "v1" / store.FILE).unlink()
     with pytest.raises(UserError, match="not a saved Recommender"): shop.save(tmp_path / "now")
-    assert len(list((tmp_path / "v1").iterdir())) == 4
+    assert files(tmp_path / "v1") == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("name, change, says", [
-    ("arrays.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "checksum"),
-    ("names.json", lambda b: b.replace(b"u3", b"u4"), "checksum"),
-    ("text_encoder.safetensors", lambda b: b[:-1] + bytes([b[-1] ^ 1]), "checksum"),
-    ("text_encoder.json", lambda b: b[:-5], "cut off"), ("text_encoder.json", None, "no bytes"),
-    ("recommender.json", lambda b: b"{}", "format"), ("recommender.json", lambda b: b"[]", "format"),
-    ("recommender.json", lambda b: re.sub(rb'"files": *{.*?}\s*}', b'"files": {}', b, flags=re.S), "checksum of"),
-    ("recommender.json", None, "not a saved Recommender")])
-def test_damaged_folder_is_refused(shop, tmp_path, name, change, says):
-    file = shop.save(tmp_path / "a") / name
-    file.write_bytes(change(file.read_bytes())) if change else file.unlink()
+def test_a_folder_of_the_former_format_is_refused_and_replaced(shop, tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in store.FORMER: (tmp_path / "a" / name).write_text("{}")
+    with pytest.raises(UserError, match="former format.*version 3"): Recommender.load(tmp_path / "a")
+    assert files(shop.save(tmp_path / "a")) == [store.FILE] and Recommender.load(tmp_path / "a")
+
+
+def test_a_tilde_is_the_home_folder(shop, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shop.save("~/student")
+    assert files(tmp_path / "student") == [store.FILE] and Recommender.load("~/student").n_bytes == shop.n_bytes
+
+
+@pytest.mark.parametrize("change, says", [
+    (lambda b: b[:-1] + bytes([b[-1] ^ 1]), "checksum"), (lambda b: b.replace(b"u3", b"u4"), "checksum"),
+    (lambda b: b.replace(b"emb_dim", b"emb_dum"), "checksum"), (lambda b: b.replace(b"moon", b"noon"), "checksum"),
+    (lambda b: b[:-5], "cut off"), (lambda b: b"", "cut off"), (lambda b: b"\xff" * 99, "cut off"),
+    (lambda b: b.replace(b"-recommender", b"-recommendor"), "format"),
+    (lambda b: b.replace(b'"version":"3"', b'"version":"9"'), "version 9"),
+    (None, "not a saved Recommender"), ("folder", "not a regular file"), ("pipe", "not a regular file")])
+def test_damaged_folder_is_refused(shop, tmp_path, change, says):
+    file = shop.save(tmp_path / "a") / store.FILE
+    content = file.read_bytes()
+    file.unlink()
+    if change == "folder": file.mkdir()
+    elif change == "pipe": os.mkfifo(file)
+    elif change: file.write_bytes(change(content))
     with pytest.raises(UserError, match=says): Recommender.load(tmp_path / "a")
 
 
-def test_a_failed_save_leaves_the_old_folder(shop, tmp_path):
+def test_a_failed_save_leaves_the_old_folder(shop, tmp_path, monkeypatch):
     shop.save(tmp_path / "a")
     with pytest.raises(TypeError): dataclasses.replace(shop, facts={"config": object}).save(tmp_path / "a")
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    def full(*args): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(UserError, match="No space left"): shop.save(tmp_path / "a")
+    assert files(tmp_path / "a") == [store.FILE] and files(tmp_path) == ["a"]
     assert Recommender.load(tmp_path / "a").facts["config"] == {"emb_dim": 4}
+
+
+def test_a_student_is_private(shop, tmp_path):
+    for umask in (0o000, 0o077):
+        before = os.umask(umask)
+        try: shop.save(tmp_path / "a")
+        finally: os.umask(before)
+        assert oct((tmp_path / "a").stat().st_mode)[-4:] == "0700"
+        assert {oct(p.stat().st_mode)[-4:] for p in (tmp_path / "a").iterdir()} == {"0600"}
+    if os.geteuid(): pytest.skip("needs root to become another account")
+    code = """import os, sys
+from sharp_distill.core import error_line
+from sharp_distill.serve.recommender import Recommender
+os.setuid(65534)
+print(error_line(Recommender.load, sys.argv[1]))"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("UserError") and "closed to this account" in done.stdout and not done.stderr
+
+
+FORKED = """import os, random, signal, sys, time
+import numpy as np
+from sharp_distill.core import UserError
+from sharp_distill.serve.recommender import Recommender
+folder, what, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+import dataclasses
+base = Recommender.load(folder)
+scaled = lambda k: dataclasses.replace(base, **{name: np.array(getattr(base, name)) * np.float32(k)
+                                                for name in ("user_emb", "item_emb", "item_message")})
+students = [scaled(k) for k in (1, 2, 4, 8)]
+def which(): # of the students, or an error
+    s = Recommender.load(folder)
+    found = {float(round(getattr(s, name)[-1, -1] / getattr(base, name)[-1, -1], 3)) for name in ("user_emb", "item_emb", "item_message")}
+    assert len(found) == 1, found
+    return found.pop()
+def child(work):
+    pid = os.fork()
+    if pid: return pid
+    try: work(); os._exit(0)
+    except BaseException as e: print(repr(e), flush=True); os._exit(1)
+def saving(k, times):
+    for _ in range(times): students[k].save(folder)
+if what == "race": # two save, two load
+    for trial in range(n):
+        pids = [child(lambda k=k: saving(k, 25)) for k in (0, 1)] + [child(lambda: [which() for _ in range(25)]) for _ in range(2)]
+        print("right" if all(os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) == 0 for p in pids) else "wrong", which())
+if what == "writers":
+    for trial in range(n):
+        pids = [child(lambda k=k: saving(k, 5)) for k in range(4)]
+        print("right" if all(os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) == 0 for p in pids) else "wrong", which())
+if what == "kill":
+    draw = random.Random(0)
+    for trial in range(n):
+        pid, until = child(lambda: [saving(k % 4, 1) for k in range(10**6)]), time.monotonic() + draw.uniform(.002, .03)
+        while time.monotonic() < until: which() # there is always a student
+        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        print("right", which())
+    print("left", len([p for p in os.listdir(folder) if p.startswith(".student")]))
+    students[0].save(folder)
+    assert which() == 1
+"""
+
+
+@pytest.mark.parametrize("what, n", [("race", 20), ("writers", 5), ("kill", 60)])
+def test_saving_and_loading_at_once(shop, tmp_path, what, n):
+    shop.save(tmp_path / "a")
+    done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "a"), what, str(n)], capture_output=True, text=True)
+    assert not done.returncode and done.stdout.count("right ") == n, done.stdout[-2000:] + done.stderr[-2000:]
+    assert files(tmp_path / "a") == [store.FILE] and files(tmp_path) == ["a"]
+
+
+# Damage with a checksum that was made right again
+
+def remade(path, arrays): save_file(arrays, path, dict(format=store.FORMAT, version=store.VERSION, sha256=store._sha_of(arrays)))
+
+
+def odd_value(gen): return [None, -1, 2**70, 1e400, "", "u1", [], {}, [None], ["x"] * 3, True, 10**9, "\ud800", [[]]][gen.integers(14)]
+
+
+def change_text(gen, node): # a place in the JSON gets another value
+    pick = lambda: (list(node) if isinstance(node, dict) else range(len(node)))[gen.integers(len(node))]
+    key = pick()
+    while isinstance(node[key], (dict, list)) and node[key] and gen.random() < .7: node = node[key]; key = pick()
+    if gen.random() < .3: del node[key]
+    else: node[key] = odd_value(gen)
+
+
+def change_array(gen, arrays):
+    name = sorted(arrays)[gen.integers(len(arrays))]
+    a, how = np.array(arrays[name]), gen.integers(8)
+    if how == 0: del arrays[name]; return
+    if how == 1: a = a[: len(a) // 2]
+    if how == 2: a = a.reshape(-1)[None]
+    if how == 3: a = a.astype([np.float64, np.int64, np.int32, np.float16, np.uint8][gen.integers(5)])
+    if how == 4: a = np.concatenate([a, a])
+    if how == 5: a = np.zeros((0, *a.shape[1:]), a.dtype)
+    if how > 5 and a.size:
+        odd = [np.nan, np.inf, 1e30, -1] if a.dtype.kind == "f" else [-1, np.iinfo(a.dtype).max, np.iinfo(a.dtype).min, 31]
+        a.reshape(-1)[gen.integers(a.size)] = np.array(odd[gen.integers(4)]).astype(a.dtype)
+    arrays[name] = np.ascontiguousarray(a)
+
+
+def damage(gen, file, n): # -> whether the checksum was made right again
+    content = file.read_bytes()
+    at, to = sorted(int(x) for x in gen.integers(0, len(content), 2))
+    cut = [lambda: content[:at], lambda: content[:at] + bytes([content[at] ^ 1 << int(gen.integers(8))]) + content[at + 1:],
+           lambda: content[to:] + content[at:to] + content[:at], lambda: content[:at] + content[to:] + bytes(to - at)]
+    if n % 2 == 0: file.write_bytes(cut[n // 2 % 4]()); return False
+    arrays = {k: np.array(a) for k, a in load_file(file).items()}
+    if n % 4 == 1: change_array(gen, arrays)
+    else:
+        text = json.loads(bytes(arrays["text"]).decode())
+        change_text(gen, text)
+        arrays["text"] = np.frombuffer(json.dumps(text, ensure_ascii=False).encode("utf-8", "surrogatepass"), np.uint8)
+    if gen.random() < .2 and len(arrays): change_array(gen, arrays)
+    remade(file, arrays)
+    return True
+
+
+def ask(rec): # all that a service asks
+    return [rec.recommend(list(rec.user_ids[:3]), k=5), rec.recommend_new(list(rec.item_ids[:2]), reviews="moon sea", k=5),
+            rec.similar_items(rec.item_ids[0]), rec.with_item("new", reviews="moon").recommend_new(k=5), rec.n_bytes, repr(rec)]
+
+
+def test_damage_gives_one_line_or_a_whole_student(shop, tmp_path, n_cases=300):
+    file, loaded = shop.save(tmp_path / "a") / store.FILE, 0
+    good, before = file.read_bytes(), load_file(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for n in range(n_cases):
+            gen = np.random.default_rng(n)
+            file.write_bytes(good)
+            right = damage(gen, file, n)
+            for checksum in (True, False):
+                try: rec = Recommender.load(tmp_path / "a", checksum=checksum)
+                except UserError: continue
+                if checksum and not right:
+                    same = load_file(file)
+                    assert same.keys() == before.keys() and all(np.array_equal(same[k], before[k]) for k in same), n
+                loaded += 1
+                with contextlib.suppress(UserError): ask(rec)
+    assert 0 < loaded < n_cases, loaded
+    file.write_bytes(good)
+    assert len(ask(Recommender.load(tmp_path / "a"))) == 6
 
 
 def test_loading_and_answering_need_no_torch(shop, tmp_path):
     shop.save(tmp_path / "a")
     code = """import sys
+for name in ("torch", "transformers", "sklearn"): sys.modules[name] = None # as if they were not installed
 from sharp_distill.serve.recommender import Recommender
 r = Recommender.load(sys.argv[1])
 r.recommend(list(r.user_ids), k=3), r.similar_items("i1"), r.n_bytes
-r.recommend_new(["i1"], "u1"), r.recommend_new(["i1"], reviews="moon")
+r.recommend_new(["i1"], "u1"), r.recommend_new(["i1"], reviews="moon"), r.recommend_new(review_emb=[1., 2.])
 assert "new" in set(r.with_item("new", reviews="sea").recommend("u1", k=31).item_id)
-assert not {"torch", "transformers", "sklearn"} & set(sys.modules)"""
+r.with_item("new", reviews="sea").save(sys.argv[1])
+assert "new" in Recommender.load(sys.argv[1]).item_ids"""
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True)

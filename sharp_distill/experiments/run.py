@@ -8,15 +8,17 @@ __all__ = ['NOT_OPTIONS', 'SWEEP', 'DataConfig', 'PublishedSwitches', 'RunConfig
            'latency_frame', 'retention_frame', 'sensitivity_frame', 'run_id', 'run_record', 'RunFolder']
 
 # %% ../../nbs/52_experiments.run.ipynb #47a33b46
+import contextlib
 import os
 import shutil
+import stat
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ..core import (
     Config, Stopwatch, UserError, content_sha, coordinate_search, option, part, progress, write_json)
@@ -268,26 +270,44 @@ def run_record(prepared: Prepared, fitted: Fitted, cfg: RunConfig, latency: pd.D
                        latency, **facts)
 
 # %% ../../nbs/52_experiments.run.ipynb #d47f46bc
+def _put(new: Path, path: Path): # Two folders
+    "Give a finished folder its name, or replace what is in the one that has it, so that no file is ever missing."
+    if not path.exists(): return os.replace(new, path)
+    new_files = {p.relative_to(new) for p in new.rglob("*")}
+    for p in sorted(new_files, key=lambda p: (p.name == "run.json", p)):
+        if not (new / p).is_dir(): os.replace(new / p, path / p)
+        elif not (path / p).exists(): (path / p).mkdir(mode=stat.S_IMODE((new / p).stat().st_mode))
+    for p in path.rglob("*"):
+        if p.is_file() and p.relative_to(path) not in new_files: p.unlink()
+    shutil.rmtree(new)
+
+
 class RunFolder:
     "Collect a run's files beside their place and move them there at the end."
     def __init__(self, cfg: RunConfig, run_id: str):
         self.path = Path(cfg.output_dir) / cfg.data.dataset_name / run_id
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.partial = Path(tempfile.mkdtemp(prefix=f".{run_id}.", suffix=".partial", dir=self.path.parent))
+            with self._turn():
+                self.partial = Path(tempfile.mkdtemp(prefix=f".{run_id}.", suffix=".partial", dir=self.path.parent))
+                self.in_use = FileLock(self.partial / ".lock", thread_local=False).acquire().lock
         except OSError as e:
             raise UserError(f"output_dir is {cfg.output_dir!r}, where no folder can be made ({e.strerror}): expected "
                             f"a folder you can write to.") from None
 
+    def _turn(self): return FileLock(self.path.with_name(f".{self.path.name}.lock")) # one process at a time
+
     def publish(self, record: dict, student: StudentState, prepared: Prepared) -> Path: # The run's folder
-        "Write record and student, then put the whole folder in its place."
-        split, old = prepared.split, self.partial.with_suffix(".old")
+        "Write record and student, then put everything in its place."
+        split = prepared.split
         build_recommender(student, split.train, exclude=(split.valid, split.test),
                           text_encoder=prepared.reviews.text_encoder).save(self.partial / "student")
         write_json(self.partial / "run.json", record)
         os.chmod(self.partial, 0o755)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            if self.path.exists(): os.replace(self.path, old)
-            os.replace(self.partial, self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        with self._turn():
+            self.in_use.release()
+            for lock in self.partial.rglob(".lock"): lock.unlink()
+            _put(self.partial, self.path)
+            for left in self.path.parent.glob(f".{self.path.name}.*.partial"):
+                with contextlib.suppress(Timeout), FileLock(left / ".lock", timeout=0): shutil.rmtree(left)
         return self.path
