@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -390,6 +392,7 @@ def test_a_failed_save_leaves_the_old_folder(shop, tmp_path, monkeypatch):
 
 
 def test_a_student_is_private(shop, tmp_path):
+    (tmp_path / "a").mkdir(mode=0o755)
     for umask in (0o000, 0o077):
         before = os.umask(umask)
         try: shop.save(tmp_path / "a")
@@ -455,6 +458,26 @@ def test_saving_and_loading_at_once(shop, tmp_path, what, n):
     done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "a"), what, str(n)], capture_output=True, text=True)
     assert not done.returncode and done.stdout.count("right ") == n, done.stdout[-2000:] + done.stderr[-2000:]
     assert files(tmp_path / "a") == [store.FILE] and files(tmp_path) == ["a"]
+
+
+def test_publishing_again_is_never_without_a_student(shop, tmp_path):
+    from sharp_distill.experiments.run import _put
+    def folder(name, scale):
+        dataclasses.replace(shop, user_emb=shop.user_emb * np.float32(scale)).save(tmp_path / name / "student")
+        (tmp_path / name / "run.json").write_text(str(scale))
+        return tmp_path / name
+    run, stop, seen = folder("run", 1), threading.Event(), []
+    (run / "student" / "names.json").write_text("of a former format"); os.chmod(run / "student", 0o755)
+    def look():
+        while not stop.is_set(): seen.append((Recommender.load(run / "student"), json.loads((run / "run.json").read_text())))
+    with ThreadPoolExecutor(1) as pool:
+        looking = pool.submit(look)
+        for n in range(30): _put(folder("new", 1 + n % 2), run)
+        stop.set()
+        looking.result()
+    assert {float(s.user_emb[0, 0] / shop.user_emb[0, 0]) for s, _ in seen} | {n for _, n in seen} == {1, 2}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"] and (run / "student").stat().st_mode & 0o777 == 0o700
+    assert sorted(p.name for p in run.rglob("*") if p.name != ".lock") == ["run.json", "student", store.FILE]
 
 
 # Damage with a checksum that was made right again

@@ -11,7 +11,6 @@ __all__ = ['NOT_OPTIONS', 'SWEEP', 'DataConfig', 'PublishedSwitches', 'RunConfig
 import contextlib
 import os
 import shutil
-import stat
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -276,7 +275,7 @@ def _put(new: Path, path: Path): # Two folders
     new_files = {p.relative_to(new) for p in new.rglob("*")}
     for p in sorted(new_files, key=lambda p: (p.name == "run.json", p)):
         if not (new / p).is_dir(): os.replace(new / p, path / p)
-        elif not (path / p).exists(): (path / p).mkdir(mode=stat.S_IMODE((new / p).stat().st_mode))
+        else: (path / p).mkdir(exist_ok=True); shutil.copymode(new / p, path / p)
     for p in path.rglob("*"):
         if p.is_file() and p.relative_to(path) not in new_files: p.unlink()
     shutil.rmtree(new)
