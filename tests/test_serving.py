@@ -391,6 +391,12 @@ def test_a_failed_save_leaves_the_old_folder(shop, tmp_path, monkeypatch):
     assert Recommender.load(tmp_path / "a").facts["config"] == {"emb_dim": 4}
 
 
+def test_half_a_character_is_named(shop, tmp_path):
+    odd = np.array(["\ud800", *shop.item_ids[1:]], object)
+    with pytest.raises(UserError, match="half a character"): dataclasses.replace(shop, item_ids=odd).save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_student_is_private(shop, tmp_path):
     (tmp_path / "a").mkdir(mode=0o755)
     for umask in (0o000, 0o077):

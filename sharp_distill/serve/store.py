@@ -176,6 +176,7 @@ def _names(about: dict) -> dict: # user_ids, item_ids, item_titles: object array
         title = name == "item_titles"
         _need(isinstance(names, list) and all(isinstance(n, str) or title and n is None for n in names),
               f"{name} is not a list of texts")
+        "".join(n or "" for n in names).encode() # fails where one is not Unicode
         _need(len(names) == len(found["item_ids"]) if title else len(set(names)) == len(names), f"{name} do not fit")
         found[name] = np.empty(len(names), object)
         found[name][:] = names
@@ -184,12 +185,12 @@ def _names(about: dict) -> dict: # user_ids, item_ids, item_titles: object array
 
 def _text_encoder(about: list, arrays: dict, d_t: int) -> TextEncoder:
     "Check what reads new texts."
-    encoder, finite = unpack_text_encoder(about, arrays), lambda a: a.dtype == np.float32 and np.isfinite(a).all()
+    encoder, ordinary = unpack_text_encoder(about, arrays), lambda a: a.dtype == np.float32 and (np.abs(a) < 1e9).all()
     for part, scale in zip(encoder.parts, encoder.scales, strict=True):
-        _need(isinstance(scale, float) and abs(scale) < 1e18, "a scale of the text encoder is not a number")
+        _need(isinstance(scale, float) and abs(scale) < 1e13, "a scale of the text encoder is not a number")
         if hasattr(part, "words"):
-            V, ok = len(part.words), all(isinstance(w, str) for w in part.words)
-            _need(ok and part.n_users is None, "the words of the text encoder are not texts")
+            V, _ = len(part.words), "".join(part.words).encode() # fails where one is not a text
+            _need(part.n_users is None, "the words of the text encoder carry counts")
             shapes = dict(rarity=(V,), projection=(V, part.n_dims))
         else:
             _need(isinstance(part.encoder, str) and isinstance(part.sha, str) and type(part.file_bytes) is int,
@@ -198,7 +199,7 @@ def _text_encoder(about: list, arrays: dict, d_t: int) -> TextEncoder:
             if part.projection is None: del shapes["projection"]
         for name, shape in shapes.items():
             a = getattr(part, name)
-            _need(a.shape == shape and finite(a), f"{name} of the text encoder does not fit")
+            _need(a.shape == shape and ordinary(a), f"{name} of the text encoder does not fit")
     _need(encoder.n_dims == d_t, f"the text encoder gives {encoder.n_dims} numbers, the student reads {d_t}")
     return encoder
 
@@ -266,19 +267,22 @@ def _contents(student, histories: bool) -> dict: # Name -> array
     if own["text_encoder"] is not None:
         text["text_encoder"], parts = pack_text_encoder(own["text_encoder"])
         arrays |= {f"text_encoder.{n}": a for n, a in parts.items()}
-    return arrays | dict(text=np.frombuffer(json_text(text).encode("utf-8", "surrogatepass"), np.uint8))
+    try: return arrays | dict(text=np.frombuffer(json_text(text).encode(), np.uint8))
+    except UnicodeEncodeError as e:
+        raise UserError(f"an id, a title or a fact holds {e.object[e.start]!r}, half a character: expected text that "
+                        "can be written as UTF-8.") from None
 
 def _size(student) -> int: # Bytes
     "Add up what is stored."
     arrays = sum(a.nbytes for n, a in _contents(student, True).items() if not n.startswith("text"))
     columns = (student.user_ids, student.item_ids, student.item_titles)
-    texts = sum(len(str(x).encode("utf-8", "surrogatepass")) for names in columns if names is not None for x in names)
+    texts = sum(len(str(x).encode()) for names in columns if names is not None for x in names)
     return arrays + texts + (student.text_encoder.n_bytes if student.text_encoder else 0)
 
 # %% ../../nbs/42_serve.store.ipynb #d7e00023
 def _fields(arrays: dict) -> dict: # Field of a student -> value
     "Put the content of the file together, checking all of it."
-    about = json.loads(bytes(arrays["text"]).decode("utf-8", "surrogatepass"))
+    about = json.loads(bytes(arrays["text"]).decode())
     names, facts, encoder = _names(about), about["facts"], about["text_encoder"]
     _need(isinstance(facts, dict), "there are no facts")
     U, I = len(names["user_ids"]), len(names["item_ids"])
