@@ -347,6 +347,8 @@ def pick_device(name: str = "auto"): # "auto", "cpu", "cuda", "cuda:1", "mps"
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     try: torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as e:
+        if name.split(":")[0] in ("cuda", "mps"):
+            raise UserError(f"device is {name!r}, and torch finds no such GPU here: expected 'cpu' or 'auto'.") from e
         near = did_you_mean(name, ["cpu", "cuda", "mps"])
         raise UserError(f"device is {name!r}, which this machine does not have: "
                         f"expected 'auto', 'cpu', 'cuda' or 'mps'.{near}") from e
@@ -361,10 +363,11 @@ class Stopwatch:
 
 def peak_mib() -> float: # MiB
     "Return the most memory this process has held so far."
-    if sys.platform == "win32":
+    try: import resource
+    except ImportError: # Windows
         import psutil
-        return psutil.Process().memory_info().peak_wset / 2**20
-    import resource # not on Windows
+        info = psutil.Process().memory_info()
+        return getattr(info, "peak_wset", info.rss) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 

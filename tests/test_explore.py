@@ -38,10 +38,12 @@ def finished(tmp_path_factory): # The folder of data and outputs, a user, the ru
 
 
 def test_a_finished_run_is_opened_with_its_student(finished, monkeypatch):
+    "The record holds a name, not a path; this computer has noted where the file lies."
     from sharp_distill.app import explorer as e
     from sharp_distill.serve.recommender import Recommender
     folder, user, at = finished
-    monkeypatch.setenv("SHARP_DISTILL_DATA", str(folder))               # the run remembers a name, not a path
+    monkeypatch.delenv("SHARP_DISTILL_DATA", raising=False)
+    assert str(folder) not in (at / "run.json").read_text()
     app = e.explore(folder / "outputs")
     app.start()
     stored, ex = Recommender.load(at / "student"), app.ex
@@ -55,17 +57,32 @@ def test_a_finished_run_is_opened_with_its_student(finished, monkeypatch):
     for p in pages: assert "<script" not in p and "<img" not in p
 
 
-def test_a_run_whose_data_are_gone_is_skipped_with_a_word(finished, monkeypatch):
+def test_the_notebook_opens_a_run_on_a_path(finished, monkeypatch):
+    from conftest import execute
+    monkeypatch.delenv("SHARP_DISTILL_DATA", raising=False)
+    cells = execute(ROOT / "nbs/explore.ipynb", dict(output_dir=str(finished[0] / "outputs"), models="popularity"))
+    said = "".join("".join(o.get("text", "")) for c in cells for o in c.get("outputs", []))
+    assert "held-out items found in ten: popularity" in said and "left out" not in said
+
+
+@pytest.mark.parametrize("what, word", [("gone", "'books' is not a known data set"), ("changed", "no longer those of this run")])
+def test_a_run_without_its_data_is_skipped_with_a_word(finished, monkeypatch, what, word):
     from sharp_distill.app import explorer as e
     folder, _, at = finished
     monkeypatch.delenv("SHARP_DISTILL_DATA", raising=False)
-    gone = e.choices(folder / "outputs")
-    first = next(iter(gone))
-    here = gone[first][0].replace(dataset=str(folder / "books.csv"), models="popularity")
-    monkeypatch.setattr(e, "choices", lambda output_dir: {first: gone[first], "here": (here, at)})
-    app = e.explore(folder / "outputs")
-    app.start()
-    assert list(app.skipped) == [first] and "books" in app.skipped[first]
+    path, content = folder / "books.csv", (folder / "books.csv").read_bytes()
+    (folder / "same.csv").write_bytes(content)
+    try:
+        if what == "gone": path.unlink()
+        else: path.write_bytes(content[:content[:-1].rfind(b"\n") + 1])
+        found = e.choices(folder / "outputs")
+        first = next(iter(found))
+        here = found[first][0].replace(dataset=str(folder / "same.csv"), models="popularity")
+        monkeypatch.setattr(e, "choices", lambda output_dir: {first: found[first], "here": (here, at)})
+        app = e.explore(folder / "outputs")
+        app.start()
+    finally: path.write_bytes(content)
+    assert list(app.skipped) == [first] and word in app.skipped[first]
     assert app.ex is not None and app.children[0].children[0].value == "here"
 
 

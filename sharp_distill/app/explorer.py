@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core import UserError
 from ..plots.results import plot_hyperparameters
-from ..experiments.run import RunConfig
+from ..experiments.run import RunConfig, remembered_file
 from .explorer_data import (
     HYPERPARAMETERS, Explorer, cold_start_list, find_runs, find_users, history, hyperparameter_frame, item_map,
     nearest_run, open_first, open_run, side_by_side)
@@ -122,7 +122,8 @@ def choices(output_dir) -> dict: # Label -> (RunConfig, folder or None)
     found = {}
     for label, (folder, record) in find_runs(output_dir).items():
         options = {k: v for k, v in record["config"].items() if k in RunConfig.names()}
-        try: found[label] = (RunConfig.from_dict(options | dict(output_dir=str(output_dir))), folder)
+        place = remembered_file(record["data_sha"]) or record["dataset"]
+        try: found[label] = (RunConfig.from_dict(options | dict(output_dir=str(output_dir), dataset=place)), folder)
         except UserError: continue                                      # options that are refused today
     stored = {label: v for label, v in found.items() if v[1]}
     return {**stored, NEW_SAMPLE: (RunConfig(output_dir=str(output_dir)), None), **found}

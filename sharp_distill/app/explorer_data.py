@@ -20,7 +20,7 @@ from ..core import UserError, did_you_mean
 from ..data.evaluation import Scorer, recommend_topk
 from ..text.encoders import clean_text
 from ..text.words import count_words, sum_rows, train_reviews
-from ..models.registry import method, methods_for
+from ..models.registry import method
 from ..serve.recommender import Recommender, build_recommender
 from ..experiments.record import check_record
 from ..experiments.run import Prepared, RunConfig, fit_on_grid, prepare, run_fits
@@ -69,6 +69,13 @@ def stored_student(folder, split) -> Recommender | None: # `folder`: of a finish
     return rec if rec.facts.get("split_sha") == split.sha else None
 
 # %% ../../nbs/65_app.explorer_data.ipynb #baa46f01
+def _same_data(folder, data, dataset: str): # `folder`: of a finished run, or None
+    "Refuse data that are no longer those of a run."
+    path = Path(folder or "") / "run.json"
+    if folder and path.exists() and check_record(path)["data_sha"] != data.sha:
+        raise UserError(f"the data {dataset!r} are no longer those of this run: run it again to explore them.")
+
+
 def open_run(cfg: RunConfig, folder=None, # A finished run's folder, whose student is used
              models: str = "", # As for `shown_methods`
              tell=lambda share, what: None) -> Explorer: # Called with the share that is done, and what comes now
@@ -76,7 +83,8 @@ def open_run(cfg: RunConfig, folder=None, # A finished run's folder, whose stude
     cfg = cfg.replace(models=",".join(shown_methods(cfg, models)))
     tell(0., "reading and encoding")
     ready = prepare(cfg)
-    split, names = ready.split, methods_for(cfg.model_names, ready.split.n_items)
+    _same_data(folder, ready.data, cfg.data.dataset)
+    split, names = ready.split, [n for n in cfg.model_names if ready.split.n_items <= method(n).max_items]
     fits, rec, scorers = run_fits(ready, cfg), stored_student(folder, split), {}
     for k, name in enumerate(names, 1):
         tell(k / (len(names) + 1), method(name).label)

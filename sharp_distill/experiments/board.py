@@ -81,6 +81,11 @@ def read_users(folder,
     with np.load(path, allow_pickle=False) as f: return dict(f)
 
 # %% ../../nbs/56_experiments.board.ipynb #92535ae1
+def _board_lock(folder, name: str) -> FileLock:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return FileLock(Path(folder) / f".{name}.lock")
+
+
 def _check_split(folder, name: str, split: Split):
     "Refuse rows of another split."
     users, path = read_users(folder, name), board_path(folder, name, "tests.json")
@@ -94,8 +99,7 @@ def put_row(folder, name: str, split: Split, row: dict,
             result: EvalResult) -> list: # All rows of the leaderboard afterwards
     "Add a row and its users in place of those of the same model and seed; one process at a time."
     key, place = lambda r: (r["model"], r["seed"]), {n: k for k, n in enumerate(methods())}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with FileLock(Path(folder) / f".{name}.lock"):
+    with _board_lock(folder, name):
         _check_split(folder, name, split)
         users = {"split": np.array(split.sha), "user_idx": result.user_idx,
                  f"{row['model']} {row['seed']}": result.values("NDCG@10").astype(np.float32)}
@@ -143,7 +147,11 @@ def board_tests(users: pd.DataFrame, # From `users_frame`
 # %% ../../nbs/56_experiments.board.ipynb #2737fc0a
 def write_tests(folder, name: str, fits: Fits, rows: list, searches: dict, against: str = "student") -> dict:
     "Write what belongs to a leaderboard and is not a row."
-    path, split = board_path(folder, name, "tests.json"), fits.split
+    with _board_lock(folder, name): return _write_tests(folder, name, fits, rows, searches, against)
+
+
+def _write_tests(folder, name, fits, rows, searches, against):
+    path, split, rows = board_path(folder, name, "tests.json"), fits.split, read_board(folder, name, False) or rows
     old, users = read_json(path) if path.exists() else {}, users_frame(folder, name, rows)
     spaces = {n: {o: list(s) for o, s in method(n).space.items()} for n in searches} # as they were searched
     about = dict(protocol=split.protocol, seed=split.seed, sha=split.sha, n_users=split.n_users, n_items=split.n_items,

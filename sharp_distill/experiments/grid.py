@@ -149,8 +149,8 @@ def unpack(tree: dict, arrays: dict):
     return tuple(unpack(v, arrays) for v in items) if kind == "tuple" else tree["value"]
 
 # %% ../../nbs/53_experiments.grid.ipynb #200696be
-def _checksum(arrays: dict) -> str:
-    crc = 0
+def _checksum(tree: str, arrays: dict) -> str:
+    crc = zlib.crc32(tree.encode())
     for key in sorted(arrays):
         crc = zlib.crc32(arrays[key].contiguous().view(torch.uint8).numpy().tobytes() if arrays[key].ndim
                                                 else arrays[key].numpy().tobytes(), crc)
@@ -160,7 +160,7 @@ def _checksum(arrays: dict) -> str:
 def _read_state(path: Path): # The state, or None where the file cannot be trusted
     try:
         with safe_open(path, "pt") as f: meta, arrays = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
-        return unpack(json.loads(meta["tree"]), arrays) if meta.get("checksum") == _checksum(arrays) else None
+        return unpack(json.loads(meta["tree"]), arrays) if meta["checksum"] == _checksum(meta["tree"], arrays) else None
     except UserError: raise
     except Exception: return None
 
@@ -173,7 +173,7 @@ def cached(folder: Path, # Made by `cache_dir`
         if path.exists() and (state := _read_state(path)) is not None: return state
         arrays, state = {}, make()
         tree = json.dumps(pack(state, arrays))
-        with whole_file(path) as tmp: save_file(arrays, tmp, metadata=dict(tree=tree, checksum=_checksum(arrays)))
+        with whole_file(path) as tmp: save_file(arrays, tmp, metadata=dict(tree=tree, checksum=_checksum(tree, arrays)))
         return state
 
 # %% ../../nbs/53_experiments.grid.ipynb #32c5a904

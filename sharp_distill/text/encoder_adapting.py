@@ -122,11 +122,13 @@ def adapted_encoder(split, base: str = "shipped", # Encoder to start from
                     cfg: AdaptConfig = AdaptConfig()): # -> folder, log table
     "Adapt an encoder to a split, or take the one that was adapted before."
     import pandas as pd
+    from filelock import FileLock
     name = content_sha(split.sha, encoder_sha(find_encoder(base), ReviewConfig()), cfg.to_dict())
     folder = cache_dir("adapted", name)
-    if not (folder / "log.json").exists():
-        log = adapt_encoder(split, base, folder, cfg)[1]
-        write_json(folder / "log.json", log.astype(object).where(log.notna(), None).to_dict("list"))
+    with FileLock(folder.with_suffix(".lock")): # a second process waits, then finds it
+        if not (folder / "log.json").exists():
+            log = adapt_encoder(split, base, folder, cfg)[1]
+            write_json(folder / "log.json", log.astype(object).where(log.notna(), None).to_dict("list"))
     return folder, pd.DataFrame(read_json(folder / "log.json"))
 
 # %% ../../nbs/25_text.encoder_adapting.ipynb #25a1c016
