@@ -62,6 +62,32 @@ def test_equations_are_mathml_and_code_keeps_its_dollars(site):
     assert "<msub>" in docs.mathml("$x_1$")
 
 
+HOSTILE = ["```{include} secret.txt\n```", "`{include} secret.txt`", "<script>window.pwned = 1</script>", "{download}`secret.txt`",
+           "<img src=x onerror='window.pwned = 1'>", "[a](javascript:alert(1))", "| a |\n|---|\n| ``` |", "```{raw} html\n<script>window.pwned = 1</script>\n```",
+           "$\\frac$", "<iframe src='secret.txt'></iframe>", "```{eval-rst}\n.. include:: secret.txt\n```", "# a heading", "`` ` ``"]
+
+
+def test_names_from_data_do_not_act_on_a_page(tmp_path):
+    "Whatever a data set is called, its page shows the name: it includes no file and runs no script."
+    from nbformat import v4, writes
+    out = lambda **data: v4.new_output("display_data", data={k.replace("_", "/"): v for k, v in data.items()})
+    outputs = [o for h in HOSTILE for o in (out(text_markdown=f"First on {h} is **x**", text_plain="x"), out(text_plain=h), v4.new_output("stream", text=h),
+                                            out(text_html=f"<table><tr><td>{h}</td></tr></table>", text_plain=repr(h)))]
+    outputs += [out(text_markdown="[the map](map.ipynb)"), out(application_javascript="window.pwned = 1")]
+    nb = v4.new_notebook(cells=[v4.new_markdown_cell("# Title\n\n> line"), v4.new_code_cell("1", outputs=outputs)])
+    (tmp_path / "hostile.ipynb").write_text(writes(nb), encoding="utf-8")
+    (pages := tmp_path / "pages").mkdir()
+    (pages / "index.ipynb").write_text(docs.json.dumps(docs.page(tmp_path / "hostile.ipynb")), encoding="utf-8")
+    for name, text in (("secret.txt", "THE-SECRET"), ("conf.py", docs.CONF), ("site.css", "")): (pages / name).write_text(text)
+    done = subprocess.run([sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", str(pages), str(tmp_path / "html")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "html/index.html").read_text(encoding="utf-8")
+    body = text[text.index("<article"):text.index("</article>")]
+    assert "THE-SECRET" not in body and "First on" in body and "<strong>x</strong>" in body and 'href="map.html"' in body
+    assert not re.search(r"<(script|iframe|img)\b|<[^>]*\sonerror|javascript:[^<]*\"|download=", body)
+    assert body.count("window.pwned") >= 6 and "{include}" in body # shown as text
+
+
 def test_sidebar_file_names_notebooks_that_exist():
     for name in re.findall(r"- (\S+\.ipynb)", docs.sidebar()): assert (ROOT / "nbs" / name).exists()
     assert docs.sidebar().count(".ipynb") == len(list((ROOT / "nbs").glob("*.ipynb")))

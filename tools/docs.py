@@ -71,6 +71,26 @@ def names_in(code: str) -> list: # Public functions and classes defined in a cel
     return [n.name for n in ast.parse(code).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name[0] != "_"]
 
 
+SHOWN = ("image/png", "image/jpeg", "image/svg+xml", "text/html", "text/markdown", "text/plain")
+ACTIVE = r"<\s*(script|iframe|object|embed|link|meta|base|form)\b|<[^>]*\s(on\w+\s*=|(href|src)\s*=\W*javascript:)"
+
+
+def safe(output: dict) -> dict: # An output that a page may show
+    """Keep what comes from data from acting on the site: a data set may be named like a directive or a script.
+
+    Markdown is turned into HTML here, with its raw HTML as text, so that MyST never reads it; HTML that acts gives
+    way to the plain text beside it.
+    """
+    from markdown_it import MarkdownIt
+    if "data" not in output: return output
+    data = {k: v for k, v in output["data"].items() if k in SHOWN}
+    if "text/markdown" in data:
+        made = MarkdownIt("commonmark", {"html": False}).enable("table").render("".join(data.pop("text/markdown")))
+        data["text/html"] = re.sub(r'(href="[\w.+-]+)\.ipynb', r"\1.html", made)
+    if re.search(ACTIVE, "".join(data.get("text/html", "")), re.I): del data["text/html"]
+    return output | dict(data=data)
+
+
 def page(path) -> dict: # A notebook
     "Make a notebook ready for the site: no hidden cells, no directives, no widgets, an anchor before every definition."
     nb, out = json.loads(path.read_text(encoding="utf-8")), []
@@ -83,7 +103,8 @@ def page(path) -> dict: # A notebook
         if "export" in directives and (names := names_in(body)):
             out.append(dict(cell_type="markdown", metadata={},
                             source="".join(f'<span id="def-{n}"></span>' for n in names)))
-        kept = [o for o in cell["outputs"] if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+        kept = [safe(o) for o in cell["outputs"]
+                if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
         tags = [*cell["metadata"].get("tags", []), *(["remove-input"] if "echo: false" in directives else [])]
         out.append({**cell, "source": body, "outputs": kept, "metadata": {"tags": tags}})
     for c in out: c.pop("id", None)
