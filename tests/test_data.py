@@ -315,7 +315,7 @@ NOISE = np.random.default_rng(0).integers(0, 2**62, (4000, 6)).tolist()
 BODY = gzip.compress(lines(*({**A18, "asin": f"{i:05d}", "reviewText": str(n)} for i, n in enumerate(NOISE))), 1)
 
 
-def leftovers(folder): return sorted(p.name for p in folder.iterdir() if not p.name.endswith(".source.json"))
+def leftovers(folder): return sorted(p.name for p in folder.iterdir() if not p.name.endswith((".source.json", ".lock")))
 
 
 def test_download_retries_within_one_call(web, tmp_path):

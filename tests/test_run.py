@@ -74,6 +74,41 @@ def test_mistakes_are_one_line(options, words):
     assert "\n" not in str(e.value)
 
 
+def test_numbers_are_names_and_values_to_the_last_digit(monkeypatch, tmp_path):
+    "What papermill takes for a number stays what was written, where the option is text."
+    from papermill.cli import _resolve_type
+    given = lambda **options: run_config({k: _resolve_type(v) for k, v in options.items()})
+    cfg = given(dataset="20160901", encoder="1234567", models="ease,popularity", lr="0.0125", seed="1234567", columns="1")
+    assert (cfg.data.dataset, cfg.encoder, cfg.student.lr, cfg.seed, cfg.data.columns) == ("20160901", "1234567", .0125, 1234567, "1")
+    assert given(output_dir="True").output_dir == "True" and run_config(dict(models=["ease", "student"])).models == "ease,student"
+    monkeypatch.setenv("SHARP_DISTILL_DATA", str(tmp_path))
+    with pytest.raises(UserError, match="'20160901' is not a known data set"): cfg.data.load()
+    make_sample(n_users=60, n_items=40).to_frame().to_csv(tmp_path / "20160901.csv", index=False)
+    assert given(dataset="20160901", k_core="1").data.load().n_items > 20
+
+
+ODD = "a$b^{c_<script>alert(1)<|script>`{include} x`.csv" # a formula, a script and a directive
+
+
+def test_a_file_with_an_odd_name_and_columns_from_a_yaml_file(tmp_path):
+    "`papermill -f params.yaml`, but for the kernel; every figure and page of the run carries the name."
+    import nbformat
+    import yaml
+    from papermill.iorw import load_notebook_node, read_yaml_file
+    from papermill.parameterize import parameterize_notebook
+    frame = make_sample(n_users=150, n_items=80).to_frame().rename(columns=dict(user_id="customer", item_id="product"))
+    frame.to_csv(tmp_path / ODD, index=False)
+    given = dict(TINY, dataset=str(tmp_path / ODD), columns=dict(user_id="customer", item_id="product"), models=["popularity"], n_queries=10,
+                 sensitivity=False, output_dir=str(tmp_path / "out"))
+    given.pop("seeds")
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    nb = parameterize_notebook(load_notebook_node(str(ROOT / "nbs/run.ipynb")), read_yaml_file(str(tmp_path / "params.yaml")))
+    nbformat.write(nb, tmp_path / "run.ipynb")
+    execute(tmp_path / "run.ipynb")
+    record = check_record(next((tmp_path / "out").rglob("run.json")))
+    assert record["dataset"] == ODD.removesuffix(".csv") and record["config"]["columns"] == "user_id=customer,item_id=product"
+
+
 @pytest.fixture(scope="module")
 def books(tmp_path_factory):
     "A CSV of 240 users: no study of this file needs more."

@@ -1,5 +1,7 @@
 """Stores that several processes share: started together, each finds what is right; killed at any moment, nothing that was finished is lost."""
+import contextlib
 import functools
+import gzip
 import json
 import multiprocessing
 import os
@@ -7,12 +9,14 @@ import random
 import signal
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from sharp_distill.core import UserError, read_json
+from sharp_distill.data import sources
 from sharp_distill.data.evaluation import EvalResult
 from sharp_distill.experiments import board, grid, run, search
 from sharp_distill.text import encoder_adapting
@@ -288,3 +292,73 @@ def search_kills(folder, rounds):
 
 
 def test_searches_under_kills(tmp_path): assert search_kills(tmp_path, 5)
+
+
+# Downloads
+
+class Slow(BaseHTTPRequestHandler):
+    "Serves one body in small pieces and counts how often it was asked."
+    body, asked = b"", 0
+
+    def do_GET(self):
+        type(self).asked += 1
+        self.send_response(200)
+        self.send_header("Content-Length", len(self.body))
+        self.end_headers()
+        for at in range(0, len(self.body), 4000): self.wfile.write(self.body[at:at + 4000]); time.sleep(.002)
+
+    def log_message(self, *args): pass
+
+
+@contextlib.contextmanager
+def served(body): # -> (address, handler)
+    handler = type("Handler", (Slow,), dict(body=body))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.01), daemon=True).start()
+    try: yield f"http://127.0.0.1:{server.server_port}/reviews.json.gz", handler
+    finally: server.shutdown(); server.server_close()
+
+
+def a_file(seed): return gzip.compress(b'{"reviewerID": "a", "asin": "b"}\n' + random.Random(seed).randbytes(30_000).hex().encode())
+
+
+def download_race(folder):
+    with served(a_file(0)) as (url, handler):
+        right = race(lambda who: sources.download(url, folder / "reviews.json.gz").read_bytes() == handler.body)
+        return right == [True] * 4 and handler.asked == 1
+
+
+def test_one_download_for_all(tmp_path): assert download_race(tmp_path / "d")
+
+
+def test_downloads_under_kills(tmp_path):
+    with served(a_file(0)) as (url, handler):
+        def work(tell):
+            tell(0)
+            sources.download(url, target)
+        for k in range(4):
+            target = tmp_path / str(k) / "reviews.json.gz"
+            for _ in killed(work, 2, .04): assert not target.exists() or target.read_bytes() == handler.body
+            assert sources.download(url, target).read_bytes() == handler.body
+
+
+def test_a_changed_file_is_not_trusted(tmp_path, monkeypatch):
+    target = tmp_path / "reviews.json.gz"
+    with served(a_file(0)) as (url, handler):
+        sources.download(url, target).unlink()
+        handler.body = a_file(1)
+        with pytest.raises(UserError, match="it was changed, and nothing was kept"): sources.download(url, target)
+        assert {p.suffix for p in tmp_path.iterdir()} == {".lock", ".json"} # neither the file nor a part of it
+        target.with_name(target.name + ".source.json").unlink()
+        monkeypatch.setitem(sources.KNOWN_SHA256, url, "0" * 64)
+        with pytest.raises(UserError, match="000000000000... was expected"): sources.download(url, target)
+        monkeypatch.delitem(sources.KNOWN_SHA256, url)
+        assert sources.download(url, target).read_bytes() == handler.body
+
+
+def test_an_address_with_https_leads_nowhere_else(monkeypatch):
+    answer = SimpleNamespace(url="http://elsewhere/x", close=lambda: None)
+    monkeypatch.setattr(sources.urllib.request, "urlopen", lambda *a, **k: answer)
+    with pytest.raises(UserError, match="anybody on the way could change"): sources._request("https://server/x", 0, {})
+    assert sources._request("http://server/x", 0, {}) is answer
+    assert all(url.startswith("https://") for url in (*sources.BASES.values(), *sources.PAGES.values()))
