@@ -5,7 +5,9 @@ import pytest
 from conftest import WORDS, written_split
 
 from sharp_distill.core import UserError
-from sharp_distill.text.encoders import ReviewConfig, encode_texts, find_encoder, load_encoder, tiny_deberta
+from sharp_distill.text import encoders
+from sharp_distill.text.encoders import (
+    ReviewConfig, download_encoder, encode_texts, encoder_revision, find_encoder, load_encoder, tiny_deberta)
 from sharp_distill.text.reviews import encode_reviews
 
 ODD = ["", " ", "\x00\x01", None, float("nan"), 7, "a", "🎸" * 50, "منتج رائع", "很好用", "<br><br>", "\ud800",
@@ -86,6 +88,28 @@ def test_the_hub_cache_is_used_offline(tmp_path, monkeypatch, tiny):
     shutil.copytree(tiny, tmp_path / "models--some--encoder" / "snapshots" / "abc")
     assert find_encoder("some/encoder").name == "abc"
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"): find_encoder("some/other")
+    shutil.copytree(tiny, tmp_path / "models--some--encoder" / "snapshots" / "def") # another commit came meanwhile
+    (refs := tmp_path / "models--some--encoder" / "refs").mkdir()
+    (refs / "main").write_text("def")
+    names = {n: find_encoder(n).name for n in ("some/encoder", "some/encoder@def", "some/encoder@main", "some/encoder@abc")}
+    assert list(names.values()) == ["abc", "def", "def", "abc"] # a name alone means what it meant at first
+    assert encoder_revision("tfidf+some/encoder@main") == "def" and encoder_revision("some/encoder") == "abc"
+    assert encoder_revision("tfidf") == encoder_revision(tiny) == encoder_revision("shipped") == ""
+    with pytest.raises(UserError, match="some/encoder@zzz"): find_encoder("some/encoder@zzz")
+
+
+def test_the_first_commit_from_the_hub_is_pinned(tmp_path, monkeypatch, tiny, capsys):
+    import huggingface_hub
+    import shutil
+    asked, commits = [], ["111", "222"]
+    def snapshot(repo, revision, allow_patterns):
+        asked.append((repo, revision))
+        return shutil.copytree(tiny, tmp_path / "hub" / (commits.pop(0) if revision == "main" else revision), dirs_exist_ok=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(encoders, "_safe_revision", lambda name: "main")
+    for _ in range(2): assert download_encoder("some/new").name == "111"
+    assert download_encoder("some/new@222").name == "222" and download_encoder("some/new").name == "111"
+    assert asked == [("some/new", r) for r in ("main", "111", "222", "111")] and "some/new is commit 111" in capsys.readouterr().out
 
 
 def test_an_encoder_decoder_is_refused(tmp_path, tiny):

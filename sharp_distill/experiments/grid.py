@@ -33,6 +33,7 @@ from ..core import (
 from ..data.evaluation import evaluate
 from ..data.sources import find_local
 from ..data.split import make_split
+from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, encode_reviews
 from ..models import distillation, item_filter, published, student, teacher, training
 from ..models.distillation import StudentConfig, TargetConfig, distill, gather_targets
@@ -243,7 +244,7 @@ def run_job(job: Job, folder: Path) -> dict: # The record
         latency = time_queries(scorers, split.train.to_csr(), next(iter(results.values())).user_idx, 10, 50)
     facts |= dict(run_id=job.run_id,
                   config=job.to_dict() | dict(data=job.data.replace(dataset=job.data.dataset_name).to_dict()),
-                  encode_s=encode.s, wall_s=wall.s)
+                  encode_s=encode.s, wall_s=wall.s, encoder_revision=encoder_revision(job.encoder))
     return make_record("job", job.data.dataset_name, data, split, scorers, results, latency, **facts)
 
 # %% ../../nbs/53_experiments.grid.ipynb #0dcc18c3

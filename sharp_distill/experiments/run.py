@@ -28,6 +28,7 @@ from ..data.evaluation import Scorer, bootstrap_means, compare, evaluate
 from ..data.interactions import Interactions, load_interactions
 from ..data.sources import bare_name
 from ..data.split import PROTOCOLS, Split, make_split
+from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, ReviewEmbeddings, encode_reviews
 from ..models.teacher import TeacherConfig
 from ..models.student import StudentState
@@ -281,6 +282,7 @@ def run_record(prepared: Prepared, fitted: Fitted, cfg: RunConfig, latency: pd.D
     facts = dict(run_id=run_id(prepared, cfg), config=cfg.flat() | dict(output_dir=None, dataset=cfg.data.dataset_name),
                  retention={r["metric"]: dict(mean=r["mean"], ci95=[r["low"], r["high"]]) for r in retained},
                  comparisons=compare(fitted.results, "student").reset_index(names="model").to_dict("records"),
+                 encoder_revision=encoder_revision(cfg.encoder),
                  teacher=fitted.teacher.valid, student=fitted.student.valid, encode_s=prepared.encode_s, wall_s=wall_s)
     return make_record("run", cfg.data.dataset_name, prepared.data, prepared.split, fitted.scorers, fitted.results,
                        latency, **facts)

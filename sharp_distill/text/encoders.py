@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'ENCODER_NAMES', 'HUB_FILES', 'POSITION_PARTS', 'ReviewConfig', 'clean_text', 'quiet_transformers',
-           'tiny_tokenizer', 'tiny_deberta', 'check_encoder_folder', 'download_command', 'download_encoder',
-           'shipped_folder', 'find_encoder', 'choose_attention', 'drop_content', 'load_encoder', 'tokenise',
-           'batches_by_length', 'pool_tokens', 'encode_pieces', 'encode_texts']
+           'tiny_tokenizer', 'tiny_deberta', 'check_encoder_folder', 'pinned', 'download_command', 'download_encoder',
+           'shipped_folder', 'find_encoder', 'encoder_revision', 'choose_attention', 'drop_content', 'load_encoder',
+           'tokenise', 'batches_by_length', 'pool_tokens', 'encode_pieces', 'encode_texts']
 
 # %% ../../nbs/20_text.encoders.ipynb #e72a0722
 import contextlib
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import Config, UserError, did_you_mean, option, pick_device
+from ..core import (
+    Config, UserError, cache_root, did_you_mean, option, pick_device, read_json, write_json)
 
 # %% ../../nbs/20_text.encoders.ipynb #2e4f2bf8
 @dataclass(frozen=True)
@@ -149,12 +150,30 @@ ENCODER_NAMES = ("tfidf", "shipped", "shuffled", "none") # what `encode_reviews`
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
+def _pin(repo: str) -> Path: return cache_root() / "encoders" / f"{repo.replace('/', '--')}.json" # Need not exist
+
+
+def pinned(name: str) -> tuple: # ("microsoft/deberta-base", commit or branch; "" where none came yet)
+    "Split a hub name from its revision: the one that is written, or else the one noted on this computer."
+    repo, _, revision = name.partition("@")
+    return repo, revision or (read_json(_pin(repo))["revision"] if _pin(repo).exists() else "")
+
+
+def _keep_pin(repo: str, folder: Path) -> Path: # The folder, complete
+    "Note the commit of a hub encoder, unless one is noted."
+    check_encoder_folder(folder)
+    if not _pin(repo).exists(): write_json(_pin(repo), dict(revision=folder.name))
+    return folder
+
+# %% ../../nbs/20_text.encoders.ipynb #20a1c00b
 def _cached_snapshot(name: str): # A folder, or None
     "Look a hub name up in this computer's cache, never online."
     from huggingface_hub import constants
-    root = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    repo, revision = pinned(name)
+    root = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+    if (ref := root / "refs" / revision).is_file(): revision = ref.read_text().strip() # a branch
     newest = lambda p: (any(p.parent.glob("*.safetensors")), p.stat().st_mtime)
-    found = sorted(root.glob("*/config.json"), key=newest)
+    found = sorted(root.glob(f"snapshots/{revision or '*'}/config.json"), key=newest)
     return found[-1].parent if found else None
 
 # %% ../../nbs/20_text.encoders.ipynb #31b6f7dd
@@ -175,13 +194,16 @@ def download_command(name: str) -> str:
     return f"python -c \"from sharp_distill.text.encoders import download_encoder; download_encoder('{name}')\""
 
 
-def download_encoder(name: str, # A hub name such as "microsoft/deberta-base"
+def download_encoder(name: str, # A hub name such as "microsoft/deberta-base", or name@commit
                     ) -> Path: # The folder in the hub's cache
     "Fetch an encoder for later use without internet."
     from huggingface_hub import snapshot_download
+    repo, revision = pinned(name)
     try:
-        revision = _safe_revision(name)
-        return check_encoder_folder(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        revision = revision or _safe_revision(repo)
+        folder = _keep_pin(repo, Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES)))
+        print(f"encoder {repo} is commit {folder.name}")
+        return folder
     except UserError: raise
     except Exception as e:
         raise UserError(f"{name!r} could not be fetched from the hub ({type(e).__name__}): check the name and the "
@@ -201,14 +223,21 @@ def find_encoder(name: str, # "shipped", a folder, or a hub name
     path = Path(name).expanduser()
     if path.is_dir(): return check_encoder_folder(path)
     near = did_you_mean(name, ENCODER_NAMES) if "/" not in name else ""
-    if near or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+    if near or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w-][\w./-]*)?", name):
         raise UserError(f"encoder is {name!r}: expected {', '.join(ENCODER_NAMES)}, a folder or a hub name.{near}")
     folder = _cached_snapshot(name)
-    if folder: return check_encoder_folder(folder)
+    if folder: return _keep_pin(name.partition("@")[0], folder)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         raise UserError(f"encoder {name!r} is not on this computer and HF_HUB_OFFLINE is set. With internet, run "
                         f"once: {download_command(name)}")
     return download_encoder(name)
+
+# %% ../../nbs/20_text.encoders.ipynb #20a1c00c
+def encoder_revision(encoder: str) -> str: # Commits with commas; empty where nothing came from the hub
+    "Name the commits of the hub that an encoder, or a sum of some, stands for."
+    parts = [encoder] if Path(encoder).expanduser().is_dir() else encoder.split("+")
+    folders = [find_encoder(p) for p in parts if p not in ENCODER_NAMES and not Path(p).expanduser().is_dir()]
+    return ",".join(f.name for f in folders)
 
 # %% ../../nbs/20_text.encoders.ipynb #f76877a5
 POSITION_PARTS = dict(full=["p2c", "c2p"], position_only=["p2c", "c2p"], content_only=[],
