@@ -53,6 +53,23 @@ def test_requirements_are_pinned():
     assert not [r for r in named if re.match(r"[\w.-]+", r).group(0).lower().replace("_", "-") not in pins]
 
 
+def test_the_lock_holds_the_pins_and_nothing_else():
+    "requirements.lock carries a hash for every pin but pip itself, which comes with Python."
+    sys.path.insert(0, str(ROOT / "tools"))
+    import lock
+    pins = {line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line and not line.startswith("pip==")}
+    text = lock.LOCK.read_text(encoding="utf-8")
+    files = dict(re.findall(r"^(\S+) --hash=sha256:([0-9a-f]{64})$", text, re.M))
+    assert files.keys() == pins, "install anew and run tools/lock.py"
+    assert lock.faults(files, text) == [] and text.endswith(lock.text(files).split("\n", 1)[1])
+    item = lambda version, sha: dict(metadata=dict(name="Fast_Core", version=version), download_info=dict(archive_info=dict(hashes=dict(sha256=sha))))
+    here = dict(metadata=dict(name="sharp_distill", version="1"), download_info=dict(dir_info=dict(editable=True)))
+    got = lock.installed(dict(install=[item("1.0+cpu", "ab"), here]))
+    assert got == {"fast-core==1.0": "ab"} and lock.faults(got, lock.text(got)) == []
+    assert lock.faults(got, lock.text({"fast-core==1.0": "cd"})) == ["requirements.lock: fast-core==1.0 has another hash"]
+    assert lock.faults(got, text) == ["requirements.lock: fast-core==1.0 is not in it"]
+
+
 def test_the_file_order_is_the_import_order():
     order = {module_of(p): k for k, p in enumerate(COMPONENTS)}
     assert list(order) and None not in order
@@ -72,10 +89,12 @@ def test_the_file_order_is_the_import_order():
 
 
 def test_every_module_imports_alone():
-    "In one process, the modules of this package forgotten before each."
+    "In one process, the modules of this package forgotten before each; then once more without what Windows lacks."
     names = [".".join(("sharp_distill", *p.relative_to(PACKAGE).with_suffix("").parts)) for p in MODULES]
     program = ("import importlib, sys\nfor name in sys.argv[1:]:\n    for k in [k for k in sys.modules if k.split('.')[0] == 'sharp_distill']: del sys.modules[k]\n"
-               "    importlib.import_module(name)\nprint('all')")
+               "    importlib.import_module(name)\nimport psutil\nfor k in [k for k in sys.modules if k.split('.')[0] == 'sharp_distill']: del sys.modules[k]\n"
+               "sys.modules.update(resource=None, fcntl=None, pwd=None, grp=None, termios=None)\nfor name in sys.argv[1:]: importlib.import_module(name)\n"
+               "from sharp_distill.core import peak_mib\nassert peak_mib() > 1\nprint('all')")
     done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "all", done.stderr[-2000:]
 
