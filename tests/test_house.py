@@ -142,6 +142,11 @@ def test_every_notebook_links_to_notebooks_that_exist():
             assert (ROOT / "nbs" / name).exists(), f"{path.name} links to {name}"
 
 
+def test_promises_link_tests_that_exist():
+    links = re.findall(r"\]\(\.\./(tests/[\w.]+)\)", "\n".join(source(c) for p in NBS for c in cells(p)))
+    assert len(set(links)) >= 8 and not [name for name in links if not (ROOT / name).exists()]
+
+
 def test_run_notebooks_define_no_functions():
     for path in NBS:
         if path in COMPONENTS or path.stem == "index": continue

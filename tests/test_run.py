@@ -121,7 +121,7 @@ STUDIES = ("ablation", "sensitivity", "scalability", "reproduce")
 OTHERS = {
     "ablation": TINY | dict(component="soft_labels"), "sensitivity": TINY | dict(param="alpha", values="0,1"),
     "scalability": TINY | dict(shares="0.5,1", nodes="300"), "reproduce": TINY | dict(models="popularity,student"),
-    "speed_report": dict(preset="quick", repeats=3, budget_s=1.0, threads=1, text=False), "leaderboard": {}, "results": {}, "limits": None, "map": None,
+    "speed_report": dict(preset="quick", repeats=3, budget_s=1.0, threads=1, text=False), "leaderboard": {}, "results": {}, "limits": None, "rely": None, "map": None,
     "train_encoder": dict(n_windows=300, steps=10, adapt_steps=3, vocab_size=800),
     "encoder_report": dict(encoders="none,tfidf", regs="300,600", text_weights="1,3")}
 
@@ -130,7 +130,7 @@ OTHERS = {
 def test_every_other_run_notebook(name, tmp_path, books):
     given = OTHERS[name]
     if name in (*STUDIES, "speed_report"): given = given | dict(dataset=books)
-    reads = name in ("leaderboard", "results", "limits", "map") # these draw what is stored
+    reads = name in ("leaderboard", "results", "limits", "rely", "map") # these draw what is stored
     cells = execute(ROOT / f"nbs/{name}.ipynb", given if given is None or reads else given | dict(output_dir=str(tmp_path)))
     if not reads: assert list(tmp_path.rglob("*.json")), "the notebook left no record"
     if name in STUDIES:
