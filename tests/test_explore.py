@@ -68,6 +68,8 @@ def test_the_notebook_opens_a_run_on_a_path(finished, monkeypatch):
 @pytest.mark.parametrize("what, word", [("gone", "'books' is not a known data set"), ("changed", "no longer those of this run")])
 def test_a_run_without_its_data_is_skipped_with_a_word(finished, monkeypatch, what, word):
     from sharp_distill.app import explorer as e
+    from sharp_distill.experiments.record import check_record
+    from sharp_distill.experiments.run import remember_file
     folder, _, at = finished
     monkeypatch.delenv("SHARP_DISTILL_DATA", raising=False)
     path, content = folder / "books.csv", (folder / "books.csv").read_bytes()
@@ -81,7 +83,9 @@ def test_a_run_without_its_data_is_skipped_with_a_word(finished, monkeypatch, wh
         monkeypatch.setattr(e, "choices", lambda output_dir: {first: found[first], "here": (here, at)})
         app = e.explore(folder / "outputs")
         app.start()
-    finally: path.write_bytes(content)
+    finally:
+        path.write_bytes(content)
+        remember_file(check_record(at / "run.json")["data_sha"], str(path)) # the other file was noted meanwhile
     assert list(app.skipped) == [first] and word in app.skipped[first]
     assert app.ex is not None and app.children[0].children[0].value == "here"
 

@@ -66,14 +66,17 @@ def length_and_end(texts): return np.array([[len(t), ord(t[-1])] for t in texts]
 
 
 def vectors_race(folder):
-    texts = [f"review {'x' * (i % 50)} {i}" for i in range(300)]
+    texts, counted = [f"review {'x' * (i % 50)} {i}" for i in range(300)], folder.with_suffix(".counted")
+    def encode(texts):
+        with open(counted, "a") as f: f.write("once\n" * len(texts))
+        return length_and_end(texts)
     def work(who): # each process asks for other texts, and they overlap
         mine = texts[50 * who:50 * who + 150]
-        out, column = cached_vectors(folder, mine, length_and_end, block=20)
+        out, column = cached_vectors(folder, mine, encode, block=20)
         return bool((out[column] == length_and_end(mine)).all())
     right = race(work)
     stored = [read_vectors(p) for p in folder.glob("*.safetensors")]
-    return right == [True] * 4 and len(stored) == 4 and all(s is not None and s[1].any(axis=1).all() for s in stored)
+    return counted.read_text().count("once") == 300 and right == [True] * 4 and len(stored) == 4 and all(s is not None and s[1].any(axis=1).all() for s in stored)
 
 
 def test_review_vectors(tmp_path):
