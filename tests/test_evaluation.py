@@ -124,7 +124,8 @@ def test_memory_is_bounded_by_the_batch():
 def test_cold_users_and_items():
     "Who has no train row is measured like anybody else; what has none can be shown, unless its score is -inf."
     def rows(users, items): return from_frame(pd.DataFrame(dict(user_id=list(users), item_id=list(items))))
-    cold = split_from_parts(rows("aab", "xyx"), None, rows("bcc", "yxz")) # user c and item z are not in train
+    none = rows("a", "x").take(np.array([], int))
+    cold = split_from_parts(rows("aab", "xyx"), none, rows("bcc", "yxz")) # user c and item z are not in train
     scores = np.float32([[0, 0, 0], [0, 1, 0], [1, 0, 2]])
     measured = evaluate(lambda u: scores[u], cold, ks=(1, 3))
     assert measured.user_idx.tolist() == [1, 2] and measured.topk.tolist() == [[1, 2, -1], [2, 0, 1]]

@@ -21,7 +21,7 @@ import pandas as pd
 from filelock import FileLock
 
 from ..core import UserError, cache_dir, cache_root, did_you_mean, progress, read_json, write_json
-from .files import open_bytes, sniff
+from .containers import open_bytes, sniff
 from ..paper import PAPER_SIZES, PUBLISHED_COUNTS
 
 # %% ../../nbs/12_data.sources.ipynb #bb9531cb
@@ -105,8 +105,9 @@ def known_names() -> list: # Every name the registry answers to, without a year 
     return ["sample", "yelp", *[f"amazon_{s}" for s in SHORT], *[f"amazon_{s}" for s in slugs]]
 
 # %% ../../nbs/12_data.sources.ipynb #c66c486c
-ENDINGS = (".parquet", ".csv", ".tsv", ".txt", ".inter", ".json", ".jsonl", ".tar", ".tgz", ".zip", ".csv.gz",
-           ".tsv.gz", ".json.gz", ".jsonl.gz", ".tar.gz")
+_TEXT = (".csv", ".tsv", ".txt", ".inter", ".json", ".jsonl", ".dat")
+ENDINGS = (".parquet", ".tgz", ".zip", *_TEXT, ".tar",
+           *(kind + packed for kind in (*_TEXT, ".tar") for packed in (".gz", ".bz2", ".xz", ".zst")))
 
 
 def bare_name(path_or_name, # "data/reviews.2023.csv.gz", or a name as it is

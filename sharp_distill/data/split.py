@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PARTS', 'PROTOCOLS', 'PART_WORDS', 'Split', 'part_sizes', 'assign_random', 'assign_global', 'known_times',
            'assign_last', 'assign_temporal', 'check_split', 'check_fractions', 'make_split', 'same_day_share',
-           'split_stats', 'save_split', 'load_split', 'on_vocabulary', 'split_from_parts', 'split_from_files',
-           'split_from_column']
+           'split_stats', 'save_split', 'load_split', 'on_vocabulary', 'cut_valid', 'split_from_parts',
+           'split_from_files', 'split_from_column']
 
 # %% ../../nbs/15_data.split.ipynb #502d101b
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +17,11 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError, content_sha, did_you_mean, read_json, rng, whole_file, write_json
+from .dates import NO_TIME
 from .files import read_table
-from .interactions import (
-    CleaningStep, Interactions, ROW_COLUMNS, drop_duplicates, from_frame, read_interactions)
+from sharp_distill.data.interactions import (
+    CleaningStep, Interactions, ROW_COLUMNS, add_step, as_frame, drop_duplicates, frame_table, from_table, large_losses,
+    read_interactions)
 from .synthetic import place_within
 
 # %% ../../nbs/15_data.split.ipynb #c97781fd
@@ -76,7 +78,7 @@ def assign_global(data: Interactions, fractions, seed: int) -> np.ndarray: # par
 # %% ../../nbs/15_data.split.ipynb #47fbd54c
 def known_times(data: Interactions, protocol: str) -> np.ndarray: # int64[n]
     "Refuse data without times."
-    unknown = int((data.timestamp < 0).sum())
+    unknown = int((~data.has_time).sum())
     if unknown:
         raise UserError(f"protocol {protocol!r} needs times, and {unknown:,} of {len(data):,} rows have none; "
                         "protocol='random' needs none.")
@@ -161,7 +163,7 @@ def same_day_share(part: Interactions, # Such as test
                    train: Interactions, # On the same vocabulary
                    ): # float between 0 and 1; None where no row of the part has a time
     "Return the share of a part's rows whose user has a train row of the same day (UTC)."
-    known, learned = part.timestamp >= 0, train.timestamp >= 0
+    known, learned = part.has_time, train.has_time
     if not known.any(): return None
     key = lambda d, at: d.user_idx[at].astype(np.int64) * 10**6 + d.timestamp[at] // 86_400
     return float(np.isin(key(part, known), key(train, learned)).mean())
@@ -178,12 +180,12 @@ def split_stats(split: Split) -> pd.DataFrame: # One row a part
     "Describe the three parts."
     warm_u = np.bincount(split.train.user_idx, minlength=split.n_users) > 0
     warm_i = np.bincount(split.train.item_idx, minlength=split.n_items) > 0
-    day = lambda t: str(np.datetime64(int(t), "s").astype("datetime64[D]")) if t >= 0 else ""
+    day = lambda t: str(np.datetime64(int(t), "s").astype("datetime64[D]")) if t != NO_TIME else ""
     count, out = lambda idx: len(np.unique(idx)), []
     for name in PARTS:
         part = getattr(split, name)
         cold_u, cold_i = ~warm_u[part.user_idx], ~warm_i[part.item_idx]
-        when = part.timestamp if len(part) else np.array([-1])
+        when = part.timestamp[part.has_time] if part.has_time.any() else np.array([NO_TIME])
         out.append(dict(part=name, rows=len(part), users=count(part.user_idx), items=count(part.item_idx),
                         cold_users=count(part.user_idx[cold_u]), cold_items=count(part.item_idx[cold_i]),
                         cold_rows=(cold_u | cold_i).mean() if len(part) else 0.0,
@@ -195,16 +197,17 @@ def split_stats(split: Split) -> pd.DataFrame: # One row a part
 # %% ../../nbs/15_data.split.ipynb #a19ddbdd
 def save_split(split: Split, folder) -> Path: # The folder
     "Write a split into a folder; the description comes last, so a half-written one cannot be loaded."
-    folder, parts = Path(folder), [split.train, split.valid, split.test]
+    folder, parts = Path(folder).expanduser(), [split.train, split.valid, split.test]
     (folder / "split.json").unlink(missing_ok=True)
     rows = {c: np.concatenate([getattr(p, c) for p in parts]) for c in ROW_COLUMNS}
     rows["part"] = np.repeat(PARTS, [len(p) for p in parts])
+    low = dict(zip(("user_idx", "item_idx"), split.train.low.T))
     users, items = {"user_id": split.train.user_ids}, {"item_id": split.train.item_ids}
     if split.train.item_titles is not None: items["item_title"] = split.train.item_titles
-    for name, frame in (("rows", rows), ("users", users), ("items", items)):
+    for name, frame in (("rows", rows), ("users", users), ("items", items), ("low", low)):
         with whole_file(folder / f"{name}.parquet") as tmp: pd.DataFrame(frame).to_parquet(tmp, index=False)
     steps = [asdict(s) for s in split.train.provenance]
-    about = dict(protocol=split.protocol, seed=split.seed, sha=split.sha, provenance=steps)
+    about = dict(format=2, protocol=split.protocol, seed=split.seed, sha=split.sha, provenance=steps)
     write_json(folder / "split.json", about)
     return folder
 
@@ -218,7 +221,7 @@ def _load_part(path):
 # %% ../../nbs/15_data.split.ipynb #35055d0f
 def load_split(folder) -> Split: # Where `save_split` put it
     "Load a saved split and check that it is the one that was saved."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / "split.json").exists():
         raise UserError(f"{folder} holds no saved split: expected split.json beside rows.parquet, users.parquet and "
                         "items.parquet.")
@@ -227,8 +230,11 @@ def load_split(folder) -> Split: # Where `save_split` put it
     titles = items["item_title"].to_numpy(object) if "item_title" in items else None
     steps = tuple(CleaningStep(**s) for s in about["provenance"])
     cols = {c: rows[c].to_numpy(object if c == "review" else None) for c in ROW_COLUMNS}
+    low = np.empty((0, 2), np.int64)
+    if about.get("format", 1) > 1: low = _load_part(folder / "low.parquet").to_numpy(np.int64)
+    else: cols["timestamp"] = np.where(cols["timestamp"] == -1, NO_TIME, cols["timestamp"]) # what -1 once meant
     data = Interactions(**cols, user_ids=users["user_id"].to_numpy(object), item_ids=items["item_id"].to_numpy(object),
-                        item_titles=titles, provenance=steps)
+                        item_titles=titles, provenance=steps, low=low)
     split = Split(*(data.take((rows["part"] == p).to_numpy(bool)) for p in PARTS), about["protocol"], about["seed"])
     if split.sha != about["sha"]:
         raise UserError(f"{folder} was changed since it was saved: its rows have hash {split.sha}, split.json says "
@@ -242,8 +248,20 @@ def on_vocabulary(data: Interactions, # On its own vocabulary
                  ) -> Interactions: # The same rows
     "Put interactions on a larger vocabulary."
     place = lambda ids, known: np.searchsorted(known.astype(str), ids.astype(str))
-    u, i = place(data.user_ids, user_ids)[data.user_idx], place(data.item_ids, item_ids)[data.item_idx]
-    return Interactions(u, i, data.rating, data.timestamp, data.review, user_ids, item_ids, titles, data.provenance)
+    u, i = place(data.user_ids, user_ids), place(data.item_ids, item_ids)
+    low = np.column_stack([u[data.low[:, 0]], i[data.low[:, 1]]])
+    return replace(data, user_idx=u[data.user_idx], item_idx=i[data.item_idx], user_ids=user_ids, item_ids=item_ids,
+                   item_titles=titles, low=low)
+
+
+def cut_valid(train: Interactions, seed: int = 0): # Two `Interactions`: what remains of train, and validation
+    "Cut one in eight of each user's rows from train, as the random protocol would, and say so."
+    part = assign_random(train, (7 / 8, 1 / 8, 0), seed)
+    if not part.any(): part[rng(seed, "split").permutation(len(train))[:max(len(train) // 8, 1)]] = 1
+    if part.all(): raise UserError("no validation part was given, and train has too few rows to cut one from.")
+    note = f"one in eight of each user's rows, seed {seed}"
+    print(f"no validation part was given: {(part == 1).sum():,} of {len(train):,} train rows become it ({note}).")
+    return tuple(add_step(train.take(part == k), "validation cut from train", note) for k in (0, 1))
 
 # %% ../../nbs/15_data.split.ipynb #777b151d
 def split_from_parts(train: Interactions, valid, test: Interactions, # `valid` may be None
@@ -257,15 +275,16 @@ def split_from_parts(train: Interactions, valid, test: Interactions, # `valid` m
     names = {i: t for p in with_titles for i, t in zip(p.item_ids, p.item_titles)}
     titles = np.array([names.get(i, i) for i in item_ids], dtype=object) if names else None
     parts = [on_vocabulary(p, user_ids, item_ids, titles) for p in given]
-    if valid is None: parts.insert(1, parts[0].take(np.array([], int)))
+    if valid is None: parts[:1] = cut_valid(parts[0])
     return check_split(Split(*parts, protocol, 0))
 
 # %% ../../nbs/15_data.split.ipynb #0a1c6105
-def split_from_files(train, valid, test, # Paths; `valid` may be None
+def split_from_files(train, valid, test, # Paths; without `valid` it is cut from train
                      **options, # Of `read_interactions`
                     ) -> Split:
     "Read a split from three files."
     parts = [None if path is None else read_interactions(path, **options) for path in (train, valid, test)]
+    for line in [line for p in parts if p is not None for line in large_losses(p)]: print(line)
     return split_from_parts(*parts, protocol="files")
 
 # %% ../../nbs/15_data.split.ipynb #146d69ee
@@ -273,19 +292,24 @@ PART_WORDS = {"train": "train", "training": "train", "tr": "train", "valid": "va
               "val": "valid", "dev": "valid", "test": "test", "testing": "test", "te": "test"}
 
 
-def split_from_column(table, # Path of a file, or a DataFrame
+def split_from_column(table, # Path of a file, or a table in memory
                       column: str = "split", # Names the part of each row
+                      columns=None, # Our name -> its column, where not recognised
+                      **options, # Of `read_table`
                      ) -> Split:
     "Read a split from one table with a column that names the part."
-    df = table if isinstance(table, pd.DataFrame) else read_table(table, extra=(column,)).frame
-    if column not in df:
-        raise UserError(f"no column {column!r} that names the part; found {', '.join(map(str, df.columns))}."
-                        f"{did_you_mean(column, df.columns)}")
+    frame = as_frame(table)
+    if frame is None: raw = read_table(table, columns, (column,), **options)
+    df, faults = (raw.frame, raw.faults) if frame is None else frame_table(frame, columns, extra=(column,), **options)
     part = df[column].map(lambda v: PART_WORDS.get(str(v).strip().lower()))
     if part.isna().any():
         raise UserError(f"column {column!r} says {df[column][part.isna()].iloc[0]!r}: expected train, valid or test "
                         "(or training, validation, val, dev).")
-    parts = [from_frame(df[part == p], f"rows of {p}") if (part == p).any() else None for p in PARTS]
+    def rows_of(p): # Interactions, or None
+        rows, source = df[part == p], f"rows of {p}"
+        if not len(rows): return None
+        return from_table(rows, source, faults, raw.titles if frame is None else None)
+    parts = [rows_of(p) for p in PARTS]
     if parts[0] is None or parts[2] is None:
         raise UserError(f"column {column!r} has no row of {'train' if parts[0] is None else 'test'}.")
     return split_from_parts(*parts, protocol="column")
