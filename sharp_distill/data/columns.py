@@ -156,7 +156,9 @@ def id_text(values: pd.Series, # [n] ids, text or numbers
     "Turn a column of ids into text."
     if isinstance(values.dtype, pd.CategoricalDtype):
         ids = np.array([*(one_id(v, column) for v in values.cat.categories), None], object)[values.cat.codes]
-    else: ids = each_once(values, lambda v: one_id(v, column), None)
+    else:
+        kind = values.dtype.type if values.dtype.kind == "f" else lambda v: v # pandas widens float32 on the way
+        ids = each_once(values, lambda v: one_id(kind(v), column), None)
     return pd.Series(pd.Categorical(ids), values.index)
 
 # %% ../../nbs/10_data.columns.ipynb #2409b3e6

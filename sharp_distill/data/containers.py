@@ -209,10 +209,6 @@ class Utf8(Guard):
         try: text = self.decoder.decode(block, final=len(block) < wanted)
         except UnicodeError as e: self.refuse_byte(e)
         out = text.encode("utf-8", "surrogatepass")
-        if b"\0" in out and not self.lenient:
-            line = self.line + out[:out.index(b"\0")].count(b"\n")
-            raise UserError(f"{self.name}, line {line}: a NUL byte, which no text holds; mend it, for instance with "
-                            "`tr -d '\\000'`.")
         self.line += out.count(b"\n")
         cut = max(out.rfind(b"\n"), out.rfind(b"\r"))
         self.run = self.run + len(out) if cut < 0 else len(out) - cut - 1
@@ -281,11 +277,12 @@ def zip_members(source, archive: str): # Yields (name, buffered stream)
         for info in infos:
             if info.flag_bits & 1:
                 raise UserError(f"{archive} is encrypted ({info.filename}): unpack it with its password.")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+                raise UserError(f"{archive} packs {info.filename} by method {info.compress_type}, which is not read: "
+                                "unpack it and hand over the file.")
             with z.open(info) as member:
                 stream = unpacked(guarded(member, archive, info.compress_size), archive, info.compress_size)
-                if binary_kind(stream.peek(512), info.filename) == "tar" if re.search(
-                        r"\.(tar|tgz|tar\.\w+)$", info.filename) else False:
-                    yield from tar_members(stream, archive)
+                if stream.peek(512)[257:262] == b"ustar": yield from tar_members(stream, archive)
                 else: yield info.filename, stream
 
 

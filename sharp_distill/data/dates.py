@@ -55,7 +55,10 @@ def number_seconds(number: np.ndarray, # float64[n] in any unit, NaN unknown
     size = np.abs(number)
     unread = np.isinf(number) | (size >= 1e20)
     for limit, unit in ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3)):
-        number = np.where((size >= limit) & (size < limit * 1e3), number / unit, number)
+        large = (size >= limit) & (size < limit * 1e3)
+        most = large.sum() > np.isfinite(number).sum() / 2 # then its small numbers, near 1970, have the same unit
+        number = np.where(size < limit * 1e3 if most else large, number / unit, number)
+        if most: break
     known = number[np.isfinite(number) & ~unread]
     if len(known) and known.min() >= 0 and known.max() < 365 * 86_400: notes.append("all times lie in 1970")
     return number, unread
@@ -114,7 +117,8 @@ def unix_seconds(values: pd.Series, # [n] numbers in any unit, dates, or text of
     if values.dtype.kind in "iuf":
         number, unread = number_seconds(values.to_numpy(np.float64, na_value=np.nan), notes)
         return _whole(number, unread), unread
-    texts = values.map(_text, na_action="ignore") if values.dtype == object else values
+    plain = isinstance(values.dtype, pd.StringDtype)
+    texts = values if plain else values.astype(object).map(_text, na_action="ignore")
     codes, unique = pd.factorize(texts)
     number = np.append(pd.to_numeric(pd.Series(unique, dtype=object), errors="coerce").to_numpy(np.float64), np.nan)
     words = np.array([bool(t.strip()) for t in unique] + [False], bool) & np.isnan(number)

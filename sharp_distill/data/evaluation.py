@@ -8,6 +8,7 @@ __all__ = ['rank_topk', 'hit_matrix', 'metrics_at', 'Scorer', 'recommend_topk', 
            'restrict', 'popularity_groups', 'strata']
 
 # %% ../../nbs/16_data.evaluation.ipynb #d784eadf
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,7 +76,7 @@ def hit_matrix(topk, # int64[n, K], -1 for padding
 # %% ../../nbs/16_data.evaluation.ipynb #46aa5982
 def metrics_at(hits, # bool[n, K], best first
                n_relevant, # int[n], held-out items of each user, at least 1
-               ks=(5, 10, 20), # Cut-offs, none above K
+               ks=(5, 10, 20), # Cut-offs; above K only where K is the whole catalogue
               ) -> dict: # "NDCG@10" -> float64[n]
     "Return precision, recall, NDCG and hit rate of each user at each cut-off."
     discount = 1 / np.log2(np.arange(2, hits.shape[1] + 2))
@@ -83,10 +84,11 @@ def metrics_at(hits, # bool[n, K], best first
     n_relevant = np.asarray(n_relevant)
     out = {}
     for k in ks:
-        out[f"P@{k}"] = n_hits[:, k-1] / k
-        out[f"R@{k}"] = n_hits[:, k-1] / n_relevant
-        out[f"NDCG@{k}"] = dcg[:, k-1] / ideal[np.minimum(k, n_relevant) - 1]
-        out[f"HR@{k}"] = (n_hits[:, k-1] > 0).astype(np.float64)
+        last = min(k, hits.shape[1]) - 1
+        out[f"P@{k}"] = n_hits[:, last] / k
+        out[f"R@{k}"] = n_hits[:, last] / n_relevant
+        out[f"NDCG@{k}"] = dcg[:, last] / ideal[np.minimum(k, n_relevant) - 1]
+        out[f"HR@{k}"] = (n_hits[:, last] > 0).astype(np.float64)
     return out
 
 # %% ../../nbs/16_data.evaluation.ipynb #714c4170
@@ -200,7 +202,9 @@ def evaluate(score, # A `Scorer`, or any callable user_idx int64[B] -> float32[B
     n_relevant = np.diff(truth.indptr)
     users = np.flatnonzero(n_relevant).astype(np.int64)
     if not len(users): raise UserError(f"the {part} part is empty: expected at least one interaction to rank for.")
-    topk = recommend_topk(score, users, exclude, max(ks), batch_size)
+    if max(ks) > split.n_items:
+        warnings.warn(f"the catalogue has {split.n_items} items: a list of {max(ks)} holds all of them.", stacklevel=2)
+    topk = recommend_topk(score, users, exclude, min(max(ks), split.n_items), batch_size)
     metrics = metrics_at(hit_matrix(topk, users, truth), n_relevant[users], ks)
     return EvalResult(users, topk, metrics, part, split.sha, getattr(score, "name", ""))
 

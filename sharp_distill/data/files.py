@@ -192,7 +192,9 @@ def names_list(names): # Text with commas, or a list
 def stream_pieces(stream, name, how: Reading, pick, faults): # Yields (names, DataFrame)
     "Read the pieces of a stream, whichever kind it is."
     head = stream.peek(BUFFER)[:BUFFER]
-    if binary_kind(head, name) == "parquet":
+    if (binary := binary_kind(head, name)) in ("zip", "tar"):
+        raise UserError(f"{name} is an archive in an archive: unpack it and hand over the file of reviews.")
+    if binary == "parquet":
         faults.where = "row"
         yield from parquet_pieces(io.BytesIO(stream.read()), name, pick, how.extra)
         return
@@ -202,8 +204,7 @@ def stream_pieces(stream, name, how: Reading, pick, faults): # Yields (names, Da
     faults.where = f"{member}, line" if member else "line"
     if kind in ("json", "array"):
         yield from (json_pieces if kind == "json" else array_pieces)(stream, name, pick, faults, how.extra)
-    elif kind == "text": yield from csv_pieces(stream, name, pick, faults, how.extra, how.names, how.sep)
-    else: raise UserError(f"{name} is an archive in an archive: unpack it and hand over the file of reviews.")
+    else: yield from csv_pieces(stream, name, pick, faults, how.extra, how.names, how.sep)
 
 # %% ../../nbs/11_data.files.ipynb #0ad1d76c
 def pick_items(found, columns=None) -> dict: # item_id and item_title -> the file's names
