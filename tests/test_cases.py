@@ -391,7 +391,7 @@ def content_of(data): return Counter(map(tuple, data.to_frame().astype({"timesta
 
 
 def mangled(content, form, how, draw): # Bytes, and the number of rows that may differ
-    first = 0 if form in CHECKED or form in ("parquet", "tar", "utf-16") else content.index(b"\n") + 1 if b"\n" in content else 1
+    first = 0 if form in CHECKED or form in ("parquet", "tar") else 2 * TEXT.index("\n") + 4 if form == "utf-16" else content.index(b"\n") + 1 if b"\n" in content else 1
     at = draw.randrange(first, len(content))
     if how == "flip": return content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1:], 2
     if how == "insert": return content[:at] + draw.choice(SIGNS) + content[at:], 2
@@ -415,6 +415,7 @@ def mangled(content, form, how, draw): # Bytes, and the number of rows that may 
 def test_mangled_files_are_read_right_or_refused(form, how, seed, skip):
     "Whatever a file met on its way: the same content, a change of no more than the rows it hit, or one line; never a traceback."
     if form == "parquet" and how != "cut" or form == "tar" and how not in ("cut", "swap"): how = "cut" # without checksums inside
+    if how == "two marks" and form == "utf-16": how = "insert" # what lies between two odd bytes becomes other letters: no reader can tell
     if how in ("swap", "ends") and form in (*CHECKED, "tar", "utf-16", "array", "parquet"): how = "cut"
     content, touched = mangled(FORMS[form], form, how, random.Random(seed))
     try: data = load(content, bad_rows="skip" if skip else "error")

@@ -65,7 +65,7 @@ def _given_names(names, fields): # The names, unless the first line holds names 
     except UserError: return list(names)
     raise UserError(f"the first line names the columns itself ({listed(fields)}): leave names= out.")
 
-
+# %% ../../nbs/11_data.delimited.ipynb #2c3c5d10
 def text_form(stream, # Buffered stream, not consumed
               names=None, # Of the columns, where the file does not name them
               sep=None, # Between fields; by default the most frequent
@@ -84,7 +84,9 @@ def text_form(stream, # Buffered stream, not consumed
     elif sep != "\t" or first.startswith('"'): forms = [QUOTED, ESCAPED]
     elif re.search(r":(token|float)", first): forms = [LITERAL]
     else: forms = [QUOTED, LITERAL] if TAB_QUOTED.search(head) else [LITERAL, QUOTED, ESCAPED]
-    fields = next((row for _, _, row in csv_rows([first], sep, forms[0])), [])
+    try: fields = next((row for _, _, row in csv_rows([first], sep, forms[0])), [])
+    except OpenQuote as e:
+        raise UserError(f"line {skip + 1}: the quotation marks of the names do not match ({e.args[1]}).") from None
     header = _given_names(names, fields) if names else fields
     rest = "\n".join(lines[skip:])
     dialect = next((f for f in forms if _reads_clean(rest, sep, f, len(header), whole)), forms[0])
@@ -108,7 +110,7 @@ def _row_fault(row, form): # What is wrong with a row's length, in words
            "a line may be cut or broken in two")
     return f"{len(row)} field{'s' * (len(row) != 1)} where {n} are named; {way}"
 
-
+# %% ../../nbs/11_data.delimited.ipynb #2c3c5d12
 def checked_rows(lines, form, names, name, faults): # Yields (line, fields)
     "Parse the rows of a text table, each as long as its header."
     n, marks = len(form.header), "a quotation mark opens here and does not close where a text ends"

@@ -23,8 +23,8 @@ from ..core import UserError
 from .columns import (
     Faults, id_text, listed, name_faults, named_columns, pick_columns, plain_name, review_text, tidy)
 from sharp_distill.data.containers import (
-    BUFFER, MAX_LINE, archive_members, as_utf8, binary_kind, check_encoding, check_file, choose_members, first_bytes, open_bytes,
-    sniff, too_long)
+    BUFFER, MAX_LINE, archive_members, as_utf8, binary_kind, check_encoding, check_file, choose_members, first_bytes,
+    open_bytes, sniff, too_long)
 from .dates import unix_seconds
 from .delimited import csv_pieces
 
@@ -161,7 +161,7 @@ def parquet_pieces(source, name, pick, extra=(), rows=100_000): # Yields (names,
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
-        with pq.ParquetFile(source) as file:
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
             names, first = pick(file.schema_arrow.names), 1
             for batch in file.iter_batches(rows, columns=[*dict.fromkeys(names.values()), *extra]):
                 chunk = batch.to_pandas(integer_object_nulls=True, ignore_metadata=True)
@@ -268,8 +268,9 @@ def join_pieces(chunks, # Tidy pieces, one after the other
     coders, parts, lines, n = {"user_id": Coder(), "item_id": Coder()}, {}, [], 0
     for chunk in chunks:
         n += len(chunk)
-        if n > MAX_ROWS: raise UserError(f"more than {MAX_ROWS:,} rows: expected a file that one machine can hold; draw "
-                                         "some of its users first.")
+        if n > MAX_ROWS:
+            raise UserError(f"more than {MAX_ROWS:,} rows: expected a file that one machine can hold; draw some of its "
+                            "users first.")
         lines.append(chunk.index.to_numpy())
         for c in chunk:
             kind = object if c in ("review", "item_title") else None
@@ -336,8 +337,8 @@ def read_titles(titles, source, how, wanted, asked): # asked: whether a person n
     name = Path(source.name).name
     with open_bytes(source) as stream: found = add_titles({}, stream, name, how, wanted)
     if asked and not found:
-        raise UserError(f"{name} names none of the {len(wanted):,} items of the reviews, such as {next(iter(wanted))!r}: "
-                        "expected the same ids in both files.")
+        raise UserError(f"{name} names none of the {len(wanted):,} items of the reviews, such as "
+                        f"{next(iter(wanted))!r}: expected the same ids in both files.")
     titles.update(found)
 
 
@@ -349,7 +350,7 @@ def _tidy_pieces(sources, how, faults, titles): # Yields tidy pieces of all sour
             yield tidy(chunk, names, faults, how.extra)
     if first and label != first[0]: faults.where = "in one of the files, line" # for times, which are read at the end
 
-
+# %% ../../nbs/11_data.files.ipynb #2c3c4d09
 def read_table(path, # Any of the formats above; or a list of files, or what can be read like a file
                columns=None, # Our name -> the file's, where they differ
                extra=(), # More columns to keep, such as a column that names the split

@@ -53,12 +53,9 @@ class Interactions:
 
     def __len__(self): return len(self.user_idx)
     def __repr__(self): return f"Interactions({self.n_users:,} users, {self.n_items:,} items, {len(self):,} rows)"
-    @property
-    def n_users(self): return len(self.user_ids)
-    @property
-    def n_items(self): return len(self.item_ids)
-    @property
-    def has_time(self): return self.timestamp != NO_TIME # bool[n]
+    n_users = property(lambda self: len(self.user_ids))
+    n_items = property(lambda self: len(self.item_ids))
+    has_time = property(lambda self: self.timestamp != NO_TIME) # bool[n]
 
     @cached_property
     def sha(self) -> str: # 16 hexadecimal digits
@@ -82,15 +79,17 @@ class Interactions:
 
     def to_frame(self) -> pd.DataFrame: # user_id, item_id, rating, timestamp, review, and item_title where known
         "Return the rows as a table with external ids."
-        when = pd.array(self.timestamp, "Int64")
-        when[~self.has_time] = pd.NA
         cols = dict(user_id=self.user_ids[self.user_idx], item_id=self.item_ids[self.item_idx], rating=self.rating,
-                    timestamp=self.timestamp if self.has_time.all() else when, review=self.review)
+                    timestamp=_shown_times(self.timestamp), review=self.review)
         if self.item_titles is not None: cols["item_title"] = self.item_titles[self.item_idx]
         return pd.DataFrame(cols)
 
 # %% ../../nbs/14_data.interactions.ipynb #3b7cefc3
 ROW_COLUMNS = ("user_idx", "item_idx", "rating", "timestamp", "review")
+
+
+def _shown_times(when): # Plain numbers, or with gaps where a time is unknown
+    return when if (when != NO_TIME).all() else pd.Series(when, dtype="Int64").mask(when == NO_TIME).array
 
 
 def _hashed_times(when): # An unknown time has always been hashed as -1; the second before 1970 takes its place

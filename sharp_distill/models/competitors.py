@@ -27,9 +27,7 @@ def as_text(split, reviews,
             side: str) -> torch.Tensor: # "user" or "item"; float32 [U, d_t] or [I, d_t]
     "Return one side's review vectors as a tensor, refusing another split's."
     if reviews is None: raise UserError("this model reads text: pass the review embeddings of the split.")
-    if reviews.split_sha != split.sha:
-        raise UserError(f"the reviews are of split {reviews.split_sha}, the data of {split.sha}: "
-                        "encode the reviews of this split.")
+    reviews.check_split(split)
     return torch.as_tensor(np.asarray(getattr(reviews, side), dtype=np.float32))
 
 # %% ../../nbs/34_models.competitors.ipynb #ead80607

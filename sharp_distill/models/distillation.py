@@ -334,6 +334,7 @@ def check_inputs(split, reviews, teacher, targets, expected: dict | None): # `ex
         if x is not None and x.split_sha != split.sha:
             raise UserError(f"{name} is of split {x.split_sha}, the split is {split.sha}: "
                             "states of different splits do not meet.")
+    if reviews is not None: reviews.check_split(split)
     if targets is not None and targets.options != expected:
         raise UserError(f"the targets were gathered with {targets.options}: expected {expected}; gather them again.")
 

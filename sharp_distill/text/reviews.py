@@ -30,6 +30,25 @@ class ReviewEmbeddings:
     split_sha: str # Of the split whose train part was read
     text_encoder: object = field(default=None, repr=False, compare=False) # A `TextEncoder` for later texts, or None
 
+    def __post_init__(self):
+        for side in ("user", "item"):
+            rows = np.asarray(getattr(self, side))
+            if rows.ndim != 2 or not len(rows):
+                raise UserError(f"{side} vectors have shape {rows.shape}: expected one row a {side}.")
+            if not (good := np.isfinite(rows).all(1)).all():
+                raise UserError(f"{side} vectors: row {np.argmin(good)} holds NaN or infinity, as do "
+                                f"{(~good).sum()} of {len(rows):,}; a row without text is zero.")
+
+    def check_split(self, split):
+        "Refuse vectors of another split, or with a row too few."
+        if self.split_sha != split.sha:
+            raise UserError(f"reviews are of split {self.split_sha}, the split is {split.sha}: "
+                            "encode the reviews of this split.")
+        for side, n in (("user", split.n_users), ("item", split.n_items)):
+            if len(getattr(self, side)) != n:
+                raise UserError(f"{side} vectors have {len(getattr(self, side)):,} rows, the split has {n:,} {side}s: "
+                                f"expected one row a {side}, in the order of split.train.{side}_ids.")
+
     @property
     def n_dims(self) -> int: return self.item.shape[1]
     def __repr__(self):
