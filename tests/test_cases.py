@@ -315,6 +315,7 @@ BROKEN = {"zip CRC": (lambda: broken_zip(crc), "broken zip"), "encrypted zip": (
           "zstd": (lambda: pa.compress(CSV, "zstd", asbytes=True)[:-20], "broken zstd"), "tar in a member": (lambda: TWO[:3000], "broken"),
           "tar in a header": (lambda: TWO[:7680 + 100], "broken"), "tar between members": (lambda: TWO[:512 + len(HALF[0]) + -len(HALF[0]) % 512], "broken tar"),
           "two kinds of reviews": (lambda: zipped(ratings__csv="user_id,item_id\nu,x\n", reviews__csv=CSV), "ratings.csv and"),
+          "a member without items": (lambda: zipped(users__csv="user_id,age\nu,5\n", data__csv=CSV), "users.csv, no column for item_id"),
           "no reviews": (lambda: zipped(readme__txt="x"), "no file of reviews"), "workbook": (lambda: (CASES / "excel/reviews.xlsx").read_bytes(), "save the sheet as CSV"),
           "old workbook": (lambda: b"\xd0\xcf\x11\xe0" + bytes(99), "Excel"), "7z": (lambda: b"7z\xbc\xaf'\x1c" + bytes(99), "7z"), "sqlite": (lambda: b"SQLite format 3\0" + bytes(99), "SQLite"),
           "an archive in an archive": (lambda: zipped(reviews__zip=zipped(a__csv=CSV)), "archive in an archive"),

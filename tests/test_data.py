@@ -347,7 +347,7 @@ def test_part_longer_than_the_file_is_dropped(web, tmp_path):
 
 @pytest.mark.parametrize("path, body, words", [("/nosize.json.gz", BODY[:-30], "broken gzip"),
                                                ("/empty.json.gz", b"", "empty"),
-                                               ("/page.json.gz", b"<html>please log in</html>", "web page")])
+                                               ("/page.json.gz", b"<html>please log in</html>", "web page")], ids=["cut", "empty", "page"])
 def test_bad_download_is_never_used(web, tmp_path, path, body, words):
     web.files[path] = body
     assert words in refused(download, web.home + path, tmp_path / "d" / path[1:], tries=1)

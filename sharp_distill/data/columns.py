@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'ENCODING_HELP', 'WHOLE', 'ROUNDED', 'NUMBER', 'named_columns', 'listed', 'plain_name', 'pick_columns',
-           'each_once', 'one_id', 'id_text', 'one_number', 'rating_numbers', 'one_text', 'review_text', 'Faults',
-           'name_faults', 'tidy']
+           'each_once', 'is_missing', 'one_id', 'id_text', 'one_number', 'rating_numbers', 'one_text', 'review_text',
+           'Faults', 'name_faults', 'tidy']
 
 # %% ../../nbs/10_data.columns.ipynb #6e02c0e3
 import re
@@ -129,6 +129,9 @@ def _whole_id(value, column): # A float
     return int(value) if value == int(value) else value
 
 
+def is_missing(value): return value is None or value is pd.NA or value is pd.NaT or value != value
+
+
 def one_id(value, # Text, a whole number, bytes
            column="id", # For the error
           ): # Text, or None where it is blank
@@ -137,7 +140,7 @@ def one_id(value, # Text, a whole number, bytes
     if isinstance(value, bytes):
         try: value = value.decode()
         except UnicodeDecodeError: raise refuse("bytes that are not UTF-8: expected text or whole numbers.") from None
-    if value is None or value != value: return None
+    if is_missing(value): return None
     if isinstance(value, Decimal): value = int(value) if value == value.to_integral_value() else value
     elif isinstance(value, (float, np.floating)): value = _whole_id(value, column)
     elif isinstance(value, (bool, np.bool_)) or not isinstance(value, (str, int, np.integer, uuid.UUID)):
@@ -230,7 +233,7 @@ def name_faults(unread, values, ours, faults): # bool[n]; the column, its index 
     "Note each value that could not be read, or stop at the first."
     for row in np.flatnonzero(unread):
         value = values.iloc[row]
-        missing = value is None or value != value or str(value).strip() == ""
+        missing = is_missing(value) or str(value).strip() == ""
         faults.add(values.index[row], f"{ours} is missing" if missing else f"{ours} {str(value)[:40]!r} cannot be read")
 
 

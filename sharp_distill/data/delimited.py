@@ -79,7 +79,7 @@ def text_form(stream, # Buffered stream, not consumed
     skip = next((k for k, line in enumerate(lines) if line.strip()), 0)
     if told := re.fullmatch(r"sep=(.)", lines[skip].strip("\"' ")): sep, skip = sep or told[1], skip + 1
     first = lines[skip] if skip < len(lines) else ""
-    sep = {"\\t": "\t", "tab": "\t", None: max(SEPARATORS, key=first.count)}.get(sep, sep)
+    sep = {"\\t": "\t", "tab": "\t", None: max(SEPARATORS, key=first.count)}.get(sep or None, sep)
     if len(sep) > 1: forms = [LITERAL]
     elif sep != "\t" or first.startswith('"'): forms = [QUOTED, ESCAPED]
     elif re.search(r":(token|float)", first): forms = [LITERAL]

@@ -384,6 +384,8 @@ def load_interactions(dataset="sample", # "sample", a path, a list of them, a na
         data = from_frame(frame, columns=columns, bad_rows=cfg.bad_rows)
     elif isinstance(dataset, (list, tuple)) or hasattr(dataset, "read"):
         data = read_interactions(dataset, columns, items, cfg.bad_rows, cfg.encoding, names, sep)
+    elif not isinstance(dataset, (str, os.PathLike)):
+        raise UserError(f"dataset is a {type(dataset).__name__}: expected a name, a path, a list of paths, or a table.")
     elif dataset == "sample": data = make_sample()
     elif str(dataset).startswith("scale_"): data = make_scale(str(dataset).removeprefix("scale_"))
     else:
