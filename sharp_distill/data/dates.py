@@ -30,7 +30,7 @@ def refuse_counts(number: np.ndarray): # float64[n], finite
         if len(number) and inside.mean() > .9:
             raise UserError(f"the times look like {what}, such as {number[inside][0]:g}, not like seconds: {way}.")
 
-
+# %% ../../nbs/10_data.dates.ipynb #5f10a021
 def spelled_dates(number: np.ndarray): # float64[n] -> float64[n] seconds, inf where it is no date
     "Read numbers such as 20160901 as dates, where most of a column are such numbers."
     given = np.isfinite(number)
@@ -79,7 +79,7 @@ def writes_day_first(text: pd.Series, # [n] dates as text
                         f"({text[second.index[0]]!r}): expected one order; write YYYY-MM-DD.")
     return True if len(first) else False if len(second) else True if (parts[1] == ".").any() else None
 
-
+# %% ../../nbs/10_data.dates.ipynb #5f10a023
 def date_seconds(text: pd.Series, # [n] dates as text
                  day_first, # None: as `writes_day_first` finds
                  notes: list, # Filled
@@ -99,7 +99,8 @@ def date_seconds(text: pd.Series, # [n] dates as text
     return np.where(when.isna(), np.nan, when.to_numpy("datetime64[s]").astype(np.float64))
 
 # %% ../../nbs/10_data.dates.ipynb #5f10a014
-def _whole(number, unread): return np.where(np.isfinite(number) & ~unread, np.floor(number), NO_TIME).astype(np.int64)
+def _whole(number, unread): # int64[n] of whole seconds
+    return np.where(np.isfinite(number) & ~unread, np.floor(number), NO_TIME).astype(np.int64)
 
 
 def _text(value): return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value).strip()
