@@ -101,7 +101,7 @@ def unpacked(stream, name, size=None): # Buffered stream -> buffered stream
         stream = guarded(inner, name, size)
     return stream
 
-
+# %% ../../nbs/11_data.containers.ipynb #5f11a041
 def first_bytes(source, n=8): # Of a path or a Memory, as they stand
     if isinstance(source, Memory): return source.getvalue()[:n]
     with open(source, "rb") as raw: return raw.read(n)
@@ -153,7 +153,7 @@ def binary_kind(head: bytes, # The first bytes, unpacked
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"): return "zip"
     if head[257:262] == b"ustar": return "tar"
 
-
+# %% ../../nbs/11_data.containers.ipynb #5f11a040
 def sniff(head: bytes, # The first bytes, unpacked
           name: str, # For the error
          ) -> str: # "parquet", "zip", "tar", "json", "array" or "text"
@@ -249,7 +249,7 @@ def safe_member(name, archive): # The same name
                         "Get the archive from its publisher.")
     return name
 
-
+# %% ../../nbs/11_data.containers.ipynb #5f11a042
 class _Tail:
     "A stream that remembers its last bytes."
     def __init__(self, inner): self.inner, self.last = inner, b""

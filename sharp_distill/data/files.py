@@ -114,7 +114,7 @@ def _arrow_type(ours, values): # The type in which Arrow reads a field, by the v
     numeric = ours in ("rating", "timestamp") and all(type(v) in (int, float) for v in values)
     return pa.float64() if numeric else pa.string()
 
-
+# %% ../../nbs/11_data.files.ipynb #2c3c4d41
 def json_names(block: bytes, # The first block of the file
                pick, # From the names that are there to ours
                name, extra=(), # The file's name for the error; further fields to read
@@ -142,7 +142,7 @@ def json_pieces(stream, name, pick, faults, extra=()): # Yields (names, DataFram
         except ValueError: chunk = _parse_slowly(first, block, schema.names, faults)
         yield names, chunk
 
-
+# %% ../../nbs/11_data.files.ipynb #2c3c4d42
 MAX_ARRAY = 2**29 # Bytes of a file that is one JSON array, for it is read as a whole
 
 
@@ -193,7 +193,7 @@ class Reading:
 
     def pick(self, found): return pick_columns(found, self.columns, self.extra)
 
-
+# %% ../../nbs/11_data.files.ipynb #2c3c4d40
 def names_list(names): # Text with commas, or a list
     "Read the names of columns from Python or from a shell."
     return tuple(n.strip() for n in names.split(",")) if isinstance(names, str) and names else tuple(names or ())
