@@ -20,7 +20,7 @@ from ..core import UserError, did_you_mean
 from ..data.evaluation import Scorer, recommend_topk
 from ..text.encoders import clean_text
 from ..text.words import count_words, sum_rows, train_reviews
-from ..models.registry import method
+from ..models.registry import method, methods_for
 from ..serve.recommender import Recommender, build_recommender
 from ..experiments.record import check_record
 from ..experiments.run import Prepared, RunConfig, fit_on_grid, prepare, run_fits
@@ -84,7 +84,7 @@ def open_run(cfg: RunConfig, folder=None, # A finished run's folder, whose stude
     tell(0., "reading and encoding")
     ready = prepare(cfg)
     _same_data(folder, ready.data, cfg.data.dataset)
-    split, names = ready.split, [n for n in cfg.model_names if ready.split.n_items <= method(n).max_items]
+    split, names = ready.split, methods_for(cfg.model_names, ready.split.n_items)
     fits, rec, scorers = run_fits(ready, cfg), stored_student(folder, split), {}
     for k, name in enumerate(names, 1):
         tell(k / (len(names) + 1), method(name).label)

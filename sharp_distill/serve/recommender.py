@@ -8,6 +8,7 @@ __all__ = ['Recommender', 'build_recommender']
 # %% ../../nbs/43_serve.recommender.ipynb #5b20b539
 import dataclasses
 import functools
+import math
 
 import numpy as np
 import scipy.sparse as sp
@@ -24,9 +25,21 @@ def _numbers(names) -> dict: # id -> number
     return {str(name): n for n, name in enumerate(names)}
 
 
+def _text_of(name) -> str:
+    "Return one id as text, a whole number without a decimal point."
+    if isinstance(name, bytes): name = name.decode("utf-8", "replace")
+    if isinstance(name, (float, np.floating)) and float(name).is_integer() and abs(name) <= 2**53: name = int(name)
+    missing = name is None or type(name).__name__ in ("NAType", "NaTType")
+    if isinstance(name, (float, np.floating)): missing = math.isnan(name)
+    if missing or hasattr(name, "__len__") and not isinstance(name, str):
+        raise UserError(f"{name!r} is not an id: expected a text or a whole number.")
+    return str(name)
+
+
 def _several(names) -> list: # of str
     "Return one id or several as a list of texts."
-    return [str(n) for n in ([names] if isinstance(names, (str, bytes, int, np.integer)) else names)]
+    one = isinstance(names, (str, bytes, dict)) or not hasattr(names, "__iter__")
+    return [_text_of(n) for n in ([names] if one else names)]
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70022
 def _look_up(names, number: dict, # id -> number
@@ -34,6 +47,9 @@ def _look_up(names, number: dict, # id -> number
     "Return the numbers of ids, naming those that are unknown."
     names = _several(names)
     missing = [n for n in names if n not in number]
+    if missing and not number:
+        raise UserError(f"unknown {what} {missing[0]!r}: this student was saved without {what}s (histories=False); "
+                        "expected recommend_new(items, ...) with the user's own items.")
     if missing:
         known = list(number)
         near, more = did_you_mean(missing[0], known[:20_000]), " and others" if len(missing) > 5 else ""
@@ -42,24 +58,41 @@ def _look_up(names, number: dict, # id -> number
     return np.array([number[n] for n in names], np.int64)
 
 # %% ../../nbs/43_serve.recommender.ipynb #61bec4af
-def _popular(item_degree, k) -> tuple: # int64 [k], float32 [k]
+def _length(k, n_items: int) -> int: # 1 to n_items
+    "Return how long a list can be."
+    return n_items if isinstance(k, (int, np.integer)) and k > n_items else check_k(k, n_items)
+
+
+def _row_of(items, n_items: int) -> sp.csr_matrix: # bool [1, I]
+    "Return item numbers as one row of a matrix of users by items."
+    items = np.unique(items).astype(np.int64)
+    return sp.csr_matrix((np.ones(len(items), bool), items, [0, len(items)]), shape=(1, n_items))
+
+
+def _popular(item_degree, k: int, without) -> tuple: # int64 [k] with -1 where nothing is left, float32 [k]
     "Return the items with most interactions, ties by item number."
-    idx = np.argsort(-np.asarray(item_degree), kind="stable")[:check_k(k, len(item_degree))]
-    return idx, item_degree[idx].astype(np.float32)
+    idx = np.argsort(-np.asarray(item_degree), kind="stable")
+    idx = idx[~np.isin(idx, without)][:k]
+    left = k - len(idx)
+    score = np.append(np.asarray(item_degree)[idx].astype(np.float32), np.full(left, -np.inf, np.float32))
+    return np.append(idx, np.full(left, -1)), score
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70024
-def _lists(rec, user_ids, k, all_items, unknown) -> tuple: # ids [n], int64 [n, k], float32 [n, k]
+def _lists(rec, user_ids, k, all_items, unknown, exclude=()) -> tuple: # ids [n], int64 [n, k], float32 [n, k]
     "Search for the known users, and fill in popular items for the others where that is asked for."
     choices = ("error", "popular")
     if unknown not in choices:
         raise UserError(f"unknown is {unknown!r}: expected 'error' or 'popular'.{did_you_mean(unknown, choices)}")
-    names = _several(user_ids)
+    names, k, I = _several(user_ids), _length(k, len(rec.item_ids)), len(rec.item_ids)
     if not names: raise UserError("user_ids is empty: expected at least one id.")
+    without = _look_up(exclude, rec.item_number, "item")
     known = np.array([unknown == "error" or n in rec.user_number for n in names])
-    idx, score = (np.tile(x, (len(names), 1)) for x in _popular(rec.item_degree, k))
+    idx, score = np.full((len(names), k), -1), np.full((len(names), k), -np.inf, np.float32)
+    if not known.all(): idx[~known], score[~known] = _popular(rec.item_degree, k, without)
     users = _look_up([n for n, ok in zip(names, known) if ok], rec.user_number, "user")
-    exclude = None if all_items else rec.exclude[users]
-    if len(users): idx[known], score[known] = exact_topk(rec.user_emb[users], rec.item_index, k, exclude)
+    hide = sp.csr_matrix((len(users), I), dtype=bool) if all_items else rec.exclude[users]
+    if len(without): hide = sp.csr_matrix(hide + sp.vstack([_row_of(without, I)] * len(users), "csr"))
+    if len(users): idx[known], score[known] = exact_topk(rec.user_emb[users], rec.item_index, k, hide)
     return names, idx, score
 
 # %% ../../nbs/43_serve.recommender.ipynb #ffe01a30
@@ -82,8 +115,8 @@ def _similar(rec, directions, item_id, k) -> tuple: # int64 [1, k], float32 [1, 
     "Search the rows that point in the most similar direction."
     i = _look_up(item_id, rec.item_number, "item")
     if len(i) != 1: raise UserError(f"item_id names {len(i)} items: expected one.")
-    itself = sp.csr_matrix(([True], ([0], i)), shape=(1, len(rec.item_ids)))
-    return exact_topk(directions.emb[directions.place[i]], directions, check_k(k, len(rec.item_ids)), itself)
+    k, itself = _length(k, len(rec.item_ids)), _row_of(i, len(rec.item_ids))
+    return exact_topk(directions.emb[directions.place[i]], directions, k, itself)
 
 # %% ../../nbs/43_serve.recommender.ipynb #52f5bc6f
 def _vector_of(text_encoder, reviews, review_emb): # -> float32 [d_t] or None
@@ -113,25 +146,30 @@ def _folded_row(rec, items, user_id, review_emb) -> tuple: # float32 [d], int64 
     return (row + text / (len(have) + 1.)).astype(np.float32), have
 
 # %% ../../nbs/43_serve.recommender.ipynb #e62afd19
-def _new_list(rec, row, have, user_id, k, all_items) -> tuple: # int64 [1, k], float32 [1, k]
+def _new_list(rec, row, have, user_id, k, all_items, exclude=()) -> tuple: # int64 [1, k], float32 [1, k]
     "Search for one row, leaving out the user's items and what else is excluded for a known user."
+    I, without = len(rec.item_ids), _look_up(exclude, rec.item_number, "item")
     if user_id is not None: have = np.union1d(have, rec.exclude[_look_up(user_id, rec.user_number, "user")[0]].indices)
-    exclude = sp.csr_matrix((np.ones(len(have), bool), have, [0, len(have)]), shape=(1, len(rec.item_ids)))
-    return exact_topk(row[None], rec.item_index, k, None if all_items else exclude)
+    if not all_items: without = np.union1d(without, have)
+    return exact_topk(row[None], rec.item_index, _length(k, I), _row_of(without, I))
 
 # %% ../../nbs/43_serve.recommender.ipynb #a3a5c1ba
 def _one_item_more(rec, item_id, review_emb, title) -> dict: # Field -> its new value
     "Return what changes when an item is added."
-    if str(item_id) in rec.item_number: raise UserError(f"item {item_id!r} exists already: expected a new id.")
+    item_id = _text_of(item_id)
+    if item_id in rec.item_number: raise UserError(f"item {item_id!r} exists already: expected a new id.")
     if review_emb is None:
         raise UserError(f"item {item_id!r} has no text: expected reviews, or their vector as review_emb.")
+    if not np.any(review_emb):
+        raise UserError(f"nothing is known about item {item_id!r}: no word of its text stands in the train reviews; "
+                        "expected a text with such words, or a vector that is not zero.")
     row, n = new_item_row(rec, review_emb)[None], len(rec.item_ids)
     wider = lambda m: sp.csr_matrix((m.data, m.indices, m.indptr), shape=(len(rec.user_emb), n + 1))
     train = wider(rec.train)
     titles = rec.item_titles
     if titles is None and title is not None: titles = np.full(n, None, object)
     return dict(item_emb=np.concatenate([rec.item_emb, row]), item_message=np.concatenate([rec.item_message, row]),
-                item_degree=np.append(rec.item_degree, 0), item_ids=np.append(rec.item_ids, str(item_id)),
+                item_degree=np.append(rec.item_degree, 0), item_ids=np.append(rec.item_ids, item_id),
                 item_titles=None if titles is None else np.append(titles, [title]),
                 train=train, exclude=train if rec.exclude is rec.train else wider(rec.exclude))
 
@@ -146,9 +184,10 @@ class Recommender(StoredStudent):
     def recommend(self, user_ids, # One id or several
                   k: int = 10, # Length of each list
                   all_items: bool = False, # Offer excluded items too
-                  unknown: str = "error"): # Or "popular": answer unknown users with popular items
+                  unknown: str = "error", # Or "popular": answer unknown users with popular items
+                  exclude=()): # Ids of further items to leave out
         "Return the k best items of each user: a table with user_id, rank, item_id, title, score."
-        return _table(self, *_lists(self, user_ids, k, all_items, unknown))
+        return _table(self, *_lists(self, user_ids, k, all_items, unknown, exclude))
 
     def similar_items(self, item_id, # One id
                       k: int = 10):
@@ -163,10 +202,11 @@ class Recommender(StoredStudent):
         return _folded_row(self, items, user_id, _vector_of(self.text_encoder, reviews, review_emb))
 
     def recommend_new(self, items=(), user_id=None, review_emb=None, reviews=None, # As for `fold_in`
-                      k: int = 10, all_items: bool = False): # As for `recommend`
+                      k: int = 10, all_items: bool = False, exclude=()): # As for `recommend`
         "Return the exact list after new interactions: a table with rank, item_id, title, score."
         row, have = self.fold_in(items, user_id, review_emb, reviews)
-        return _table(self, [user_id], *_new_list(self, row, have, user_id, k, all_items)).drop(columns="user_id")
+        found = _new_list(self, row, have, user_id, k, all_items, exclude)
+        return _table(self, [user_id], *found).drop(columns="user_id")
 
     def with_item(self, item_id, review_emb=None, # float32 [d_t] embedding of the item's text
                   title=None, reviews=None) -> "Recommender": # reviews: or the text itself, or several
@@ -174,11 +214,33 @@ class Recommender(StoredStudent):
         review_emb = _vector_of(self.text_encoder, reviews, review_emb)
         return dataclasses.replace(self, **_one_item_more(self, item_id, review_emb, title))
 
+# %% ../../nbs/43_serve.recommender.ipynb #e3a70030
+def _in_numbers_of(train, part) -> sp.csr_matrix: # bool [U, I], numbered as `train`
+    "Return interactions as a matrix, read by their ids."
+    if part is train or all(np.array_equal(getattr(part, n), getattr(train, n)) for n in ("user_ids", "item_ids")):
+        return part.to_csr().astype(bool)
+    rows = []
+    for what in ("user", "item"):
+        idx, ids = getattr(part, f"{what}_idx"), getattr(part, f"{what}_ids")
+        occurring, where = np.unique(idx, return_inverse=True)
+        rows.append(_look_up(ids[occurring], _numbers(getattr(train, f"{what}_ids")), what)[where])
+    return sp.csr_matrix((np.ones(len(where), bool), rows), shape=(train.n_users, train.n_items))
+
+
+def _shared_words(text_encoder, min_users: int) -> tuple: # TextEncoder, the number that holds or None
+    "Leave out words that fewer users wrote."
+    if not isinstance(min_users, (int, np.integer)) or min_users < 1:
+        raise UserError(f"min_users is {min_users!r}: expected a whole number from 1; the nearest good choice is 1.")
+    counted = [getattr(p, "n_users", None) is not None for p in text_encoder.parts]
+    parts = tuple(p.shared_by(min_users) if c else p for p, c in zip(text_encoder.parts, counted))
+    return dataclasses.replace(text_encoder, parts=parts), min_users if any(counted) else None
+
 # %% ../../nbs/43_serve.recommender.ipynb #c7baaa54
 def build_recommender(state, # A `StudentState`
                       train, # `Interactions` of the train part, with ids and titles
                       exclude=(), # Further `Interactions` that lists leave out, such as the valid and test parts
                       text_encoder=None, # `ReviewEmbeddings.text_encoder`: reads texts to come
+                      min_users: int = 3, # Words that fewer train users wrote are left out of the text encoder
                      ) -> Recommender:
     "Make a `Recommender` from a trained student and the interactions it knows."
     if getattr(state, "head", None):
@@ -189,15 +251,15 @@ def build_recommender(state, # A `StudentState`
         if len(getattr(state, name)) != n:
             raise UserError(f"{name} has {len(getattr(state, name)):,} rows, the interactions {n:,}: "
                             "expected a student and interactions of one split.")
-    arrays = {name: np.ascontiguousarray(getattr(state, name)) for name in ARRAYS}
-    for name in ARRAYS[:5]: check_embedding(arrays[name], name)
+    arrays = {n: check_embedding(getattr(state, n), n) for n in ARRAYS[:5]} | dict(item_degree=state.item_degree)
     if text_encoder is not None and text_encoder.n_dims != len(arrays["item_map"]):
         raise UserError(f"text_encoder gives {text_encoder.n_dims} numbers, the student reads "
                         f"{len(arrays['item_map'])}: expected that of the review embeddings it was trained with.")
     config = state.config.to_dict() if hasattr(state.config, "to_dict") else dict(state.config or {})
+    facts = dict(config=config, split_sha=state.split_sha, encoder=state.encoder)
+    if text_encoder is not None: text_encoder, facts["min_users_of_a_word"] = _shared_words(text_encoder, min_users)
     R = train.to_csr()
-    known = [p.to_csr() for p in exclude] + [p.low_csr() for p in (train, *exclude) if len(p.low)] # rated low: known
-    everything = sum(known, R).astype(bool) if known else R
-    return Recommender(**arrays, train=R, exclude=everything, text_encoder=text_encoder,
-                       user_ids=train.user_ids, item_ids=train.item_ids, item_titles=train.item_titles,
-                       facts=dict(config=config, split_sha=state.split_sha, encoder=state.encoder))
+    known = [_in_numbers_of(train, part) for part in exclude] + [train.low_csr()] * bool(len(train.low)) # rated low
+    everything = sum(known, R.astype(bool)).astype(bool) if known else R
+    return Recommender(**arrays, train=R, exclude=everything, text_encoder=text_encoder, facts=facts,
+                       user_ids=train.user_ids, item_ids=train.item_ids, item_titles=train.item_titles)
