@@ -1541,6 +1541,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'sharp_distill/models/item_filter.py'),
                                                   'sharp_distill.models.item_filter.add_gram': ( 'models.item_filter.html#add_gram',
                                                                                                  'sharp_distill/models/item_filter.py'),
+                                                  'sharp_distill.models.item_filter.affordable_counts': ( 'models.item_filter.html#affordable_counts',
+                                                                                                          'sharp_distill/models/item_filter.py'),
                                                   'sharp_distill.models.item_filter.choose_local': ( 'models.item_filter.html#choose_local',
                                                                                                      'sharp_distill/models/item_filter.py'),
                                                   'sharp_distill.models.item_filter.filter_scores': ( 'models.item_filter.html#filter_scores',

@@ -6,7 +6,8 @@
 __all__ = ['MAX_ITEMS', 'EASE_MATRICES', 'EDGE_POWER', 'ROWS', 'WHOLE', 'TEXT_DIMS', 'STEP', 'FILTER_GRID', 'N_NEIGHBOURS',
            'MOST_WORK', 'SOME_ITEMS', 'item_gram', 'text_gram', 'add_gram', 'solve_ridge', 'item_text', 'sparse_gram',
            'TextLikeness', 'take_blocks', 'text_likeness', 'near_order', 'ItemGram', 'nearest_items', 'item_blocks',
-           'solve_block', 'solve_local', 'ItemFilter', 'filter_scores', 'choose_local', 'fit_item_filter']
+           'solve_block', 'solve_local', 'ItemFilter', 'filter_scores', 'affordable_counts', 'choose_local',
+           'fit_item_filter']
 
 # %% ../../nbs/32_models.item_filter.ipynb #f93caaf2
 from dataclasses import dataclass, replace
@@ -316,11 +317,16 @@ def _tried_items(gram: ItemGram) -> np.ndarray: # int64 [m], in the order of the
     return order[np.isin(order, some)]
 
 
-def choose_local(split, gram: ItemGram, grid: dict) -> tuple: # (options, validation NDCG@10, neighbours int32 [I, n])
+def affordable_counts(n_items: int, counts) -> list: # Ascending
+    "Return the numbers of neighbours that a catalogue of this size can afford, at least one of them."
+    fewest, *more = sorted({min(n, n_items - 1) for n in counts})
+    return [fewest, *(n for n in more if n_items * n**3 / 3 <= MOST_WORK)]
+
+
+def choose_local(split, gram: ItemGram, neighbours, # int32 [I, n], as many as are tried at most
+                 grid: dict) -> tuple: # (options, validation NDCG@10)
     "Choose ridge, text weight and the number of neighbours on validation."
-    fewest, *more = sorted({min(n, gram.n_items - 1) for n in grid["n_neighbours"]})
-    counts = [fewest, *(n for n in more if gram.n_items * n**3 / 3 <= MOST_WORK)]
-    neighbours, items, tried = nearest_items(gram, max(counts)), _tried_items(gram), []
+    counts, items, tried = affordable_counts(gram.n_items, grid["n_neighbours"]), _tried_items(gram), []
     R, weights = split.train.to_csr(), grid["text_weight"] if bool(gram.text.own.any()) else (0.,)
     def attempt(n, options):
         for o, B in zip(options, solve_local(gram, neighbours[:, :n], options, items)):
@@ -332,7 +338,7 @@ def choose_local(split, gram: ItemGram, grid: dict) -> tuple: # (options, valida
     for n in counts:
         if n != first: attempt(n, [{k: best[k] for k in ("ridge", "text_weight")}])
     valid, best = max(tried, key=lambda t: t[0])
-    return best, valid, neighbours[:, :best["n_neighbours"]]
+    return best, valid
 
 # %% ../../nbs/32_models.item_filter.ipynb #3311bc1f
 def fit_item_filter(split, # Split
@@ -346,13 +352,15 @@ def fit_item_filter(split, # Split
     with Stopwatch() as w:
         R = split.train.to_csr()
         text = text_likeness(item_text(split, reviews.encoder, reviews), pick_device(device))
-        gram, found = ItemGram(sparse_gram(R, edge_power), text, R.nnz / R.shape[1]), []
-        for weight in (0., session_weight)[:1 if sessions is None else 2]:
-            if weight:
-                more = sparse_gram(sessions.T.tocsr(), edge_power)
-                gram = replace(gram, edges=sp.csr_matrix(gram.edges + np.float32(weight) * more))
-            options, valid, neighbours = choose_local(split, gram, grid)
-            found.append((valid, options | dict(edge_power=edge_power, session_weight=weight), gram, neighbours))
-        valid, options, gram, neighbours = max(found, key=lambda f: f[0])
-        B = solve_local(gram, neighbours, [options])[0]
+        grams, found = {0.: ItemGram(sparse_gram(R, edge_power), text, R.nnz / R.shape[1])}, []
+        if sessions is not None:
+            edges = grams[0.].edges + np.float32(session_weight) * sparse_gram(sessions.T.tocsr(), edge_power)
+            grams[session_weight] = replace(grams[0.], edges=sp.csr_matrix(edges))
+        most = max(affordable_counts(R.shape[1], grid["n_neighbours"]))
+        neighbours = nearest_items(list(grams.values())[-1], most)            # the same for both
+        for weight, gram in grams.items():
+            options, valid = choose_local(split, gram, neighbours, grid)
+            found.append((valid, options | dict(edge_power=edge_power, session_weight=weight)))
+        valid, options = max(found, key=lambda f: f[0])
+        B = solve_local(grams[options["session_weight"]], neighbours[:, :options["n_neighbours"]], [options])[0]
     return ItemFilter(B, valid, options, w.s)
