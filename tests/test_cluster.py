@@ -1,0 +1,90 @@
+"""Work by blocks on two real worker processes: the same bits, nothing lost with a killed worker, and one line for what goes wrong."""
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sharp_distill.cluster import connect, map_blocks, on_cluster, ranges
+from sharp_distill.core import UserError
+
+pytestmark = pytest.mark.xdist_group("cluster") # one cluster for all
+
+
+@pytest.fixture(scope="session")
+def two_workers():
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster: yield cluster.scheduler_address
+
+
+@pytest.fixture
+def own_worker():
+    "One worker of 300 MiB for tests that kill it; a block is given up with the second death."
+    import dask
+    from distributed import LocalCluster
+    with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
+        with LocalCluster(n_workers=1, threads_per_worker=1, memory_limit="300MiB", dashboard_address=None) as cluster: yield cluster.scheduler_address
+
+
+def products(span, X, killer=None):
+    "A block that takes its worker down the first time it is run."
+    if killer and span[0] == 40 and not Path(killer).exists():
+        Path(killer).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return X[slice(*span)] @ X.T, os.getpid()
+
+
+def too_large(span):
+    held = np.ones(400 * 2**17)
+    time.sleep(20)
+    return len(held)
+
+
+def same(found, wanted): return len(found) == len(wanted) and all(np.array_equal(a, b) for (a, _), (b, _) in zip(found, wanted))
+
+
+@pytest.fixture(scope="module")
+def X(): return np.random.default_rng(0).normal(size=(100, 30)).astype(np.float32)
+
+
+def test_two_workers_give_the_bits_of_one_process(two_workers, X, capsys):
+    here = list(map_blocks(products, ranges(100, 7), X))
+    connect(two_workers)
+    with on_cluster(two_workers): there = list(map_blocks(products, ranges(100, 7), X))
+    assert same(there, here) and {p for _, p in here} == {os.getpid()}
+    assert len({p for _, p in there} - {os.getpid()}) == 2 # both worked, and not this process
+
+
+def test_the_dashboard_is_printed_once(two_workers, capsys):
+    from sharp_distill import cluster
+    cluster._CLIENTS.pop(two_workers, None)
+    connect(two_workers); connect(two_workers)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith(f"cluster {two_workers}: 2 workers, 2 threads") and "dashboard http://127.0.0.1:" in said[0]
+
+
+@pytest.mark.parametrize("address", ["nonsense", "tcp://127.0.0.1:1", "tcp://127.0.0.1", "http://127.0.0.1:1"])
+def test_an_address_that_does_not_answer_is_one_line_within_seconds(address):
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="where no dask scheduler answers .*: expected the address") as e: connect(address, timeout_s=1.)
+    assert "\n" not in str(e.value) and repr(address) in str(e.value) and time.perf_counter() - start < 4
+
+
+@pytest.mark.slow
+def test_a_killed_worker_loses_nothing(two_workers, X, tmp_path):
+    found = list(map_blocks(products, ranges(100, 4), X, str(tmp_path / "killed"), cluster=two_workers))
+    assert (tmp_path / "killed").exists() and same(found, list(map_blocks(products, ranges(100, 4), X)))
+
+
+@pytest.mark.slow
+def test_the_only_worker_killed_with_all_it_was_sent(own_worker, X, tmp_path):
+    found = list(map_blocks(products, ranges(100, 4), X, str(tmp_path / "killed"), cluster=own_worker))
+    assert (tmp_path / "killed").exists() and same(found, list(map_blocks(products, ranges(100, 4), X)))
+
+
+@pytest.mark.slow
+def test_a_worker_out_of_memory_says_what_to_lower(own_worker):
+    with pytest.raises(UserError, match="block 0 2 times, as they do when they run out of memory: lower block_users, or give workers more"):
+        list(map_blocks(too_large, ranges(1, 1), cluster=own_worker, lower="block_users"))
