@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TOKENIZER_FILES', 'ENCODER_NAMES', 'HUB_FILES', 'POSITION_PARTS', 'ReviewConfig', 'clean_text', 'quiet_transformers',
-           'tiny_tokenizer', 'tiny_deberta', 'check_encoder_folder', 'pinned', 'download_command', 'download_encoder',
-           'shipped_folder', 'find_encoder', 'encoder_revision', 'choose_attention', 'drop_content', 'load_encoder',
-           'tokenise', 'batches_by_length', 'pool_tokens', 'encode_pieces', 'encode_texts']
+           'tiny_tokenizer', 'tiny_deberta', 'check_encoder_folder', 'download_command', 'download_encoder',
+           'shipped_folder', 'find_encoder', 'choose_attention', 'drop_content', 'load_encoder', 'tokenise',
+           'batches_by_length', 'pool_tokens', 'encode_pieces', 'ahead', 'encode_texts']
 
 # %% ../../nbs/20_text.encoders.ipynb #e72a0722
 import contextlib
@@ -15,13 +15,14 @@ import json
 import os
 import re
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from ..core import (
-    Config, UserError, cache_root, did_you_mean, option, pick_device, read_json, write_json)
+from ..core import Config, UserError, did_you_mean, option, pick_device
 
 # %% ../../nbs/20_text.encoders.ipynb #2e4f2bf8
 @dataclass(frozen=True)
@@ -150,30 +151,12 @@ ENCODER_NAMES = ("tfidf", "shipped", "shuffled", "none") # what `encode_reviews`
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 
 
-def _pin(repo: str) -> Path: return cache_root() / "encoders" / f"{repo.replace('/', '--')}.json" # Need not exist
-
-
-def pinned(name: str) -> tuple: # ("microsoft/deberta-base", commit or branch; "" where none came yet)
-    "Split a hub name from its revision: the one that is written, or else the one noted on this computer."
-    repo, _, revision = name.partition("@")
-    return repo, revision or (read_json(_pin(repo))["revision"] if _pin(repo).exists() else "")
-
-
-def _keep_pin(repo: str, folder: Path) -> Path: # The folder, complete
-    "Note the commit of a hub encoder, unless one is noted."
-    check_encoder_folder(folder)
-    if not _pin(repo).exists(): write_json(_pin(repo), dict(revision=folder.name))
-    return folder
-
-# %% ../../nbs/20_text.encoders.ipynb #20a1c00b
 def _cached_snapshot(name: str): # A folder, or None
     "Look a hub name up in this computer's cache, never online."
     from huggingface_hub import constants
-    repo, revision = pinned(name)
-    root = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-    if (ref := root / "refs" / revision).is_file(): revision = ref.read_text().strip() # a branch
+    root = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
     newest = lambda p: (any(p.parent.glob("*.safetensors")), p.stat().st_mtime)
-    found = sorted(root.glob(f"snapshots/{revision or '*'}/config.json"), key=newest)
+    found = sorted(root.glob("*/config.json"), key=newest)
     return found[-1].parent if found else None
 
 # %% ../../nbs/20_text.encoders.ipynb #31b6f7dd
@@ -194,16 +177,13 @@ def download_command(name: str) -> str:
     return f"python -c \"from sharp_distill.text.encoders import download_encoder; download_encoder('{name}')\""
 
 
-def download_encoder(name: str, # A hub name such as "microsoft/deberta-base", or name@commit
+def download_encoder(name: str, # A hub name such as "microsoft/deberta-base"
                     ) -> Path: # The folder in the hub's cache
     "Fetch an encoder for later use without internet."
     from huggingface_hub import snapshot_download
-    repo, revision = pinned(name)
     try:
-        revision = revision or _safe_revision(repo)
-        folder = _keep_pin(repo, Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES)))
-        print(f"encoder {repo} is commit {folder.name}")
-        return folder
+        revision = _safe_revision(name)
+        return check_encoder_folder(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
     except UserError: raise
     except Exception as e:
         raise UserError(f"{name!r} could not be fetched from the hub ({type(e).__name__}): check the name and the "
@@ -223,21 +203,14 @@ def find_encoder(name: str, # "shipped", a folder, or a hub name
     path = Path(name).expanduser()
     if path.is_dir(): return check_encoder_folder(path)
     near = did_you_mean(name, ENCODER_NAMES) if "/" not in name else ""
-    if near or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(@[\w-][\w./-]*)?", name):
+    if near or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise UserError(f"encoder is {name!r}: expected {', '.join(ENCODER_NAMES)}, a folder or a hub name.{near}")
     folder = _cached_snapshot(name)
-    if folder: return _keep_pin(name.partition("@")[0], folder)
+    if folder: return check_encoder_folder(folder)
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         raise UserError(f"encoder {name!r} is not on this computer and HF_HUB_OFFLINE is set. With internet, run "
                         f"once: {download_command(name)}")
     return download_encoder(name)
-
-# %% ../../nbs/20_text.encoders.ipynb #20a1c00c
-def encoder_revision(encoder: str) -> str: # Commits with commas; empty where nothing came from the hub
-    "Name the commits of the hub that an encoder, or a sum of some, stands for."
-    parts = [encoder] if Path(encoder).expanduser().is_dir() else encoder.split("+")
-    folders = [find_encoder(p) for p in parts if p not in ENCODER_NAMES and not Path(p).expanduser().is_dir()]
-    return ",".join(f.name for f in folders)
 
 # %% ../../nbs/20_text.encoders.ipynb #f76877a5
 POSITION_PARTS = dict(full=["p2c", "c2p"], position_only=["p2c", "c2p"], content_only=[],
@@ -314,20 +287,30 @@ def load_encoder(name: str, # "shipped", a folder, or a hub name
     if cfg.max_tokens > most:
         raise UserError(f"max_tokens is {cfg.max_tokens}: this encoder reads at most {most}; "
                         f"the nearest good choice is {most}.")
-    model = model.eval().to(pick_device(cfg.device))
+    device = pick_device(cfg.device)
+    model = model.eval().to(device, getattr(torch, cfg.precision) if device.type == "cuda" else None)
     return tokenizer, torch.compile(model, dynamic=True) if cfg.compile else model
 
 # %% ../../nbs/20_text.encoders.ipynb #6b0eea11
-def tokenise(tokenizer, texts: list, cfg: ReviewConfig) -> tuple: # ids list of lists; text_idx int64 [pieces]
+def _pieces(tokenizer, texts: list, cfg: ReviewConfig) -> list: # For each text a list of pieces, which are lists of ids
+    "Cut each text into at most `max_chunks` pieces, on all cores where the tokenizer is a fast one."
+    from transformers.utils import PaddingStrategy
+    from transformers.tokenization_utils_base import TruncationStrategy
+    if not getattr(tokenizer, "is_fast", False):
+        return [[ids] for ids in tokenizer(texts, truncation=True, max_length=cfg.max_tokens)["input_ids"]]
+    tokenizer.set_truncation_and_padding(PaddingStrategy.DO_NOT_PAD, TruncationStrategy.LONGEST_FIRST, cfg.max_tokens,
+                                         stride=0, pad_to_multiple_of=None, padding_side=None)
+    found, more = tokenizer.backend_tokenizer.encode_batch(texts), cfg.max_chunks - 1
+    return [[e.ids, *(o.ids for o in e.overflowing[:more])] if more else [e.ids] for e in found]
+
+
+def tokenise(tokenizer, texts: list, cfg: ReviewConfig) -> tuple: # tokens int32, lengths and text_idx int64 [pieces]
     "Cut texts into pieces of at most `max_tokens` tokens."
-    in_chunks = cfg.max_chunks > 1
-    got = tokenizer(texts, truncation=True, max_length=cfg.max_tokens, return_overflowing_tokens=in_chunks,
-                    return_attention_mask=False, return_token_type_ids=False)
-    if not in_chunks: return got["input_ids"], np.arange(len(texts))
-    text_idx = np.asarray(got["overflow_to_sample_mapping"])
-    rank = np.arange(len(text_idx)) - np.searchsorted(text_idx, text_idx)
-    keep = np.flatnonzero(rank < cfg.max_chunks)
-    return [got["input_ids"][i] for i in keep], text_idx[keep]
+    pieces = _pieces(tokenizer, texts, cfg)
+    text_idx = np.repeat(np.arange(len(texts)), np.fromiter(map(len, pieces), np.int64, len(pieces)))
+    lengths = np.fromiter(map(len, chain.from_iterable(pieces)), np.int64, len(text_idx))
+    tokens = chain.from_iterable(chain.from_iterable(pieces))
+    return np.fromiter(tokens, np.int32, lengths.sum()), lengths, text_idx
 
 # %% ../../nbs/20_text.encoders.ipynb #89f39fb5
 def batches_by_length(lengths, batch_tokens: int): # Yields index arrays
@@ -346,29 +329,72 @@ def pool_tokens(hidden, mask): # [B, T, d], [B, T] -> [B, d]
     return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
-def encode_pieces(model, ids: list, pad_id: int, cfg: ReviewConfig) -> np.ndarray: # float32 [pieces, d]
+def _padded(tokens, lengths, starts, pad_id: int, multiple: int) -> tuple: # int64 [B, T], bool [B, T]
+    "Lay pieces of the flat array under each other, the width rounded up to a multiple."
+    place = np.arange(-(-max(1, int(lengths.max())) // multiple) * multiple)
+    mask = place < lengths[:, None]
+    x = np.full(mask.shape, pad_id, np.int64)
+    x[mask] = tokens[(starts[:, None] + place)[mask]]
+    return x, mask
+
+# %% ../../nbs/20_text.encoders.ipynb #20a1c012
+def _run_batch(model, x, mask, cfg: ReviewConfig): # int64 [B, T], bool [B, T] -> torch float32 [B, d], on the device
+    "Encode and pool one padded batch."
+    import torch
+    weight = next(model.parameters())
+    half = cfg.precision != "float32" and weight.dtype == torch.float32 # weights in float32, arithmetic in half
+    autocast = torch.autocast(weight.device.type, getattr(torch, cfg.precision), enabled=half)
+    x, mask = torch.from_numpy(x), torch.from_numpy(mask)
+    if weight.device.type == "cuda": x, mask = x.pin_memory(), mask.pin_memory()
+    x, mask = (a.to(weight.device, non_blocking=True) for a in (x, mask))
+    with torch.inference_mode(), autocast:
+        hidden = model(input_ids=x, attention_mask=mask.long()).last_hidden_state
+        return pool_tokens(hidden if half else hidden.float(), mask).float()
+
+
+def encode_pieces(model, tokens, lengths, pad_id: int, cfg: ReviewConfig) -> np.ndarray: # float32 [pieces, d]
     "Run the encoder over tokenised pieces in batches of like length."
     import torch
-    device, out, lengths = next(model.parameters()).device, None, np.array([len(i) for i in ids])
-    autocast = torch.autocast(device.type, getattr(torch, cfg.precision), enabled=cfg.precision != "float32")
-    for batch in batches_by_length(lengths, cfg.batch_tokens or (1024 if device.type == "cpu" else 32_768)):
-        x = torch.full((len(batch), max(1, int(lengths[batch].max()))), pad_id)
-        mask = torch.arange(x.shape[1])[None] < torch.as_tensor(lengths[batch])[:, None]
-        x[mask] = torch.tensor(np.concatenate([ids[i] for i in batch]), dtype=torch.long)
-        x, mask = x.to(device), mask.to(device)
-        with torch.inference_mode(), autocast:
-            v = pool_tokens(model(input_ids=x, attention_mask=mask.long()).last_hidden_state, mask)
-        if out is None: out = np.empty((len(ids), v.shape[1]), np.float32)
-        out[batch] = v.float().cpu().numpy()
+    on_cpu, starts = next(model.parameters()).device.type == "cpu", np.cumsum(lengths) - lengths
+    batch_tokens = cfg.batch_tokens or (1024 if on_cpu else 32_768)
+    batches = list(batches_by_length(lengths, batch_tokens))
+    pad = lambda b: _padded(tokens, lengths[b], starts[b], pad_id, 1 if on_cpu else 8)
+    try: found = torch.cat([_run_batch(model, *pad(b), cfg) for b in batches]).cpu().numpy()
+    except torch.OutOfMemoryError:
+        raise UserError(f"the device has no memory for batches of {batch_tokens:,} tokens: expected a smaller "
+                        f"batch_tokens, such as {max(1024, batch_tokens // 4)}.") from None
+    out = np.empty_like(found)
+    out[np.concatenate(batches)] = found
     return out
 
 # %% ../../nbs/20_text.encoders.ipynb #5cc0fbc1
-def encode_texts(texts: list, # Non-empty cleaned texts
-                 tokenizer, model, # From `load_encoder`
-                 cfg: ReviewConfig) -> np.ndarray: # float32 [n, d], rows of unit length
-    "Encode each text to a unit vector."
-    ids, text_idx = tokenise(tokenizer, texts, cfg)
-    pieces = encode_pieces(model, ids, tokenizer.pad_token_id or 0, cfg)
-    weight, starts = np.array([[len(i)] for i in ids], np.float32), np.searchsorted(text_idx, np.arange(len(texts)))
+def ahead(fn, things): # Yields fn(thing), in order
+    "Apply a function in a thread that is one thing ahead of whoever takes the results."
+    waiting = None
+    with ThreadPoolExecutor(1) as pool:
+        for thing in things:
+            following = pool.submit(fn, thing)
+            if waiting is not None: yield waiting.result()
+            waiting = following
+        if waiting is not None: yield waiting.result()
+
+
+def _encode_block(model, pad_id, cfg, tokens, lengths, text_idx) -> np.ndarray: # float32 [n, d], of unit length
+    "Encode what one call of `tokenise` gave."
+    pieces = encode_pieces(model, tokens, lengths, pad_id, cfg)
+    weight, starts = lengths[:, None].astype(np.float32), np.flatnonzero(np.diff(text_idx, prepend=-1))
     out = np.add.reduceat(pieces * weight, starts) / np.add.reduceat(weight, starts)
     return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
+
+
+def encode_texts(texts: list, # Non-empty cleaned texts
+                 tokenizer, model, # From `load_encoder`
+                 cfg: ReviewConfig, block: int = 2048) -> np.ndarray: # float32 [n, d], rows of unit length
+    "Encode each text to a unit vector; texts are tokenised `block` at a time, ahead of the device."
+    order = np.argsort([len(t) for t in texts], kind="stable")
+    rows = [np.sort(order[s:s + block]) for s in range(0, len(texts), block)]
+    read = ahead(lambda r: tokenise(tokenizer, [texts[i] for i in r], cfg), rows)
+    found = np.concatenate([_encode_block(model, tokenizer.pad_token_id or 0, cfg, *got) for got in read])
+    out = np.empty_like(found)
+    out[np.concatenate(rows)] = found
+    return out
