@@ -9,6 +9,9 @@ import pytest
 
 from sharp_distill.cluster import connect, map_blocks, on_cluster, ranges
 from sharp_distill.core import UserError
+from sharp_distill.data.interactions import make_sample
+from sharp_distill.serve.batch import recommend_all
+from sharp_distill.serve.recommender import Recommender
 
 pytestmark = pytest.mark.xdist_group("cluster") # one cluster for all
 
@@ -70,6 +73,37 @@ def test_an_address_that_does_not_answer_is_one_line_within_seconds(address):
     start = time.perf_counter()
     with pytest.raises(UserError, match="where no dask scheduler answers .*: expected the address") as e: connect(address, timeout_s=1.)
     assert "\n" not in str(e.value) and repr(address) in str(e.value) and time.perf_counter() - start < 4
+
+
+@pytest.fixture(scope="module")
+def rec():
+    r, data = np.random.default_rng(1), make_sample(n_users=400, n_items=120)
+    shapes = dict(user_emb=(data.n_users, 8), item_emb=(data.n_items, 8), item_message=(data.n_items, 8), user_map=(5, 8), item_map=(4, 8))
+    arrays = {name: r.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+    return Recommender(**arrays, item_degree=np.ones(data.n_items), train=data.to_csr(), exclude=data.to_csr().astype(bool), user_ids=data.user_ids,
+                       item_ids=data.item_ids, item_titles=data.item_titles)
+
+
+def contents(folder): return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_lists_for_everyone_are_the_same_files_on_a_cluster(two_workers, rec, tmp_path):
+    import pandas as pd
+    here, there = (recommend_all(rec, tmp_path / name, 7, cluster=c, block=64) for name, c in (("here", ""), ("there", two_workers)))
+    assert here == there and contents(tmp_path / "here") == contents(tmp_path / "there")
+    written = pd.read_parquet(sorted((tmp_path / "there").glob("part-*")))
+    once = rec.recommend(rec.user_ids, 7)
+    assert all(written[c].tolist() == once[c].tolist() for c in once) and here["rows"] == len(once)
+
+
+def test_stopped_lists_go_on_and_broken_or_other_parts_are_made_again(rec, tmp_path):
+    wanted = recommend_all(rec, tmp_path, 5, block=100)
+    whole, names = contents(tmp_path), sorted(p.name for p in tmp_path.glob("part-*"))
+    (tmp_path / "manifest.json").unlink(); (tmp_path / names[1]).unlink(); (tmp_path / names[2]).write_bytes(whole[names[2]][:-50])
+    kept = (tmp_path / names[0]).stat().st_mtime_ns
+    assert recommend_all(rec, tmp_path, 5, block=100) == wanted and contents(tmp_path) == whole
+    assert (tmp_path / names[0]).stat().st_mtime_ns == kept
+    assert recommend_all(rec, tmp_path, 6, block=100)["rows"] > wanted["rows"] and contents(tmp_path).keys() == whole.keys()
 
 
 @pytest.mark.slow
