@@ -9,7 +9,9 @@ import pytest
 
 from sharp_distill.cluster import connect, map_blocks, on_cluster, ranges
 from sharp_distill.core import UserError
-from sharp_distill.data.interactions import make_sample
+from sharp_distill.data.interactions import load_interactions, make_sample
+from sharp_distill.data.large import LargeConfig, load_partitioned, partition_interactions
+from sharp_distill.data.synthetic import sample_frame
 from sharp_distill.serve.batch import recommend_all
 from sharp_distill.serve.recommender import Recommender
 
@@ -73,6 +75,45 @@ def test_an_address_that_does_not_answer_is_one_line_within_seconds(address):
     start = time.perf_counter()
     with pytest.raises(UserError, match="where no dask scheduler answers .*: expected the address") as e: connect(address, timeout_s=1.)
     assert "\n" not in str(e.value) and repr(address) in str(e.value) and time.perf_counter() - start < 4
+
+
+@pytest.fixture(scope="module")
+def shops(tmp_path_factory):
+    "Rows in four files of three formats, with repeated pairs across files and a text that needs care."
+    import pandas as pd
+    folder = tmp_path_factory.mktemp("shops")
+    tables = [sample_frame(s, 150, 80) for s in range(3)]
+    tables.append(tables[0].iloc[::3].assign(rating=1.0, timestamp=tables[0]["timestamp"].iloc[::3] + 86_400, review='late, "quoted" 很好用'))
+    tables[0].to_parquet(folder / "0.parquet", row_group_size=700); tables[1].to_csv(folder / "1.csv", index=False)
+    tables[2].to_json(folder / "2.jsonl", orient="records", lines=True, date_unit="s"); tables[3].to_parquet(folder / "3.parquet")
+    return folder, pd.concat(tables)
+
+
+@pytest.mark.parametrize("k, min_rating", [(1, 0.), (26, 0.), (20, 3.)])
+def test_partitions_hold_what_one_file_would(shops, k, min_rating, tmp_path):
+    folder, table = shops
+    partition_interactions(folder, tmp_path / "out", LargeConfig(k_core=k, min_rating=min_rating), cluster="")
+    data, wanted = load_partitioned(tmp_path / "out"), load_interactions(table, k_core=k, min_rating=min_rating)
+    assert data.sha == wanted.sha and 0 < len(data) < len(table) and (data.n_users < 150) == (k > 1)
+
+
+def test_two_workers_write_the_same_partitions(shops, two_workers, tmp_path):
+    cfg = LargeConfig(k_core=12)
+    here, there = (partition_interactions(shops[0], tmp_path / name, cfg, cluster=c) for name, c in (("here", ""), ("there", two_workers)))
+    assert here == there and contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
+@pytest.mark.parametrize("fault", ["cut", "garbage", "value"])
+def test_a_bad_partition_is_named(shops, two_workers, tmp_path, fault):
+    import shutil
+    folder = shutil.copytree(shops[0], tmp_path / "in")
+    whole = (folder / "3.parquet").read_bytes()
+    if fault == "cut": (folder / "3.parquet").write_bytes(whole[:-200])
+    if fault == "garbage": (folder / "3.parquet").write_bytes(whole[:100] + bytes(len(whole) // 2) + whole[100 + len(whole) // 2:])
+    if fault == "value": (folder / "4.csv").write_text("user_id,item_id,rating\nu1,i1,5\nu2,i2,many\n")
+    with pytest.raises(UserError, match="partition 4.csv .*many" if fault == "value" else "partition 3.parquet") as e:
+        partition_interactions(folder, tmp_path / "out", cluster=two_workers)
+    assert "\n" not in str(e.value) and not (tmp_path / "out" / "manifest.json").exists()
 
 
 @pytest.fixture(scope="module")
