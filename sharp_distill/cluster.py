@@ -43,9 +43,12 @@ def connect(address: str, # "tcp://host:8786"
             timeout_s: float = 5.): # A `distributed.Client`
     "Connect to a dask scheduler, once for each address, and print what answers."
     from distributed import Client
+    from distributed.comm.registry import backends
     if address in _CLIENTS and _CLIENTS[address].status == "running": return _CLIENTS[address]
     said = f"cluster is {address!r}, where"
-    try: client = Client(address, timeout=timeout_s, set_as_default=False)
+    try:
+        if "://" in address and address.partition("://")[0] not in backends: raise ValueError("not dask's scheme")
+        client = Client(address, timeout=timeout_s, set_as_default=False)
     except Exception as e: # a port at which something else listens answers with anything
         raise UserError(f"{said} no dask scheduler answers ({type(e).__name__}): expected the address that "
                         "`dask scheduler` prints, such as 'tcp://127.0.0.1:8786', or none for this machine.") from None

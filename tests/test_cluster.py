@@ -116,6 +116,26 @@ def test_a_bad_partition_is_named(shops, two_workers, tmp_path, fault):
     assert "\n" not in str(e.value) and not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.mark.slow # both workers import transformers
+def test_reviews_are_encoded_on_workers(two_workers, tmp_path, monkeypatch):
+    from conftest import WORDS, written_split
+    from sharp_distill.text.encoders import ReviewConfig, tiny_deberta
+    from sharp_distill.text.reviews import encode_reviews
+    encoder, found = tiny_deberta(tmp_path / "tiny", WORDS), []
+    for address in ("", two_workers):
+        monkeypatch.setenv("SHARP_DISTILL_CACHE", str(tmp_path / f"cache{len(found)}")) # nothing is known
+        with on_cluster(address): found.append(encode_reviews(written_split(), encoder, ReviewConfig(max_tokens=12, device="cpu")))
+    assert np.array_equal(found[0].item, found[1].item) and np.array_equal(found[0].user, found[1].user) and found[0].item.any()
+
+
+def test_a_run_reads_a_folder_on_its_cluster(two_workers, shops, tmp_path, monkeypatch):
+    from sharp_distill.experiments.run import RunConfig, prepare
+    monkeypatch.setenv("SHARP_DISTILL_CACHE", str(tmp_path))
+    cfg = RunConfig.from_dict(dict(dataset=str(shops[0]), cluster=two_workers, k_core=20))
+    assert prepare(cfg).data.sha == load_interactions(shops[1], k_core=20).sha
+    with pytest.raises(UserError, match="no dask scheduler answers"): prepare(cfg.replace(cluster="nowhere"))
+
+
 @pytest.fixture(scope="module")
 def rec():
     r, data = np.random.default_rng(1), make_sample(n_users=400, n_items=120)

@@ -126,7 +126,7 @@ def choices(output_dir) -> dict: # Label -> (RunConfig, folder or None)
         try: found[label] = (RunConfig.from_dict(options | dict(output_dir=str(output_dir), dataset=place)), folder)
         except UserError: continue                                      # options that are refused today
     stored = {label: v for label, v in found.items() if v[1]}
-    return {**stored, NEW_SAMPLE: (RunConfig(output_dir=str(output_dir)), None), **found}
+    return {**stored, NEW_SAMPLE: (RunConfig.from_dict(dict(output_dir=str(output_dir))), None), **found}
 
 # %% ../../nbs/67_app.explorer.ipynb #3c613fe7
 def explore(output_dir="../outputs", # Where finished runs are looked for

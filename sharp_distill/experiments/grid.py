@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..cluster import PlaceConfig, connect
 from ..core import (
     Config, Stopwatch, UserError, cache_dir, content_sha, option, part, progress, rng, whole_file, write_json)
 from ..data.evaluation import evaluate
@@ -307,12 +308,10 @@ def run_job_apart(options: dict, output_dir: str, time_limit_s: float = 0.,
 
 # %% ../../nbs/53_experiments.grid.ipynb #527cc2be
 @dataclass(frozen=True)
-class LaunchConfig(Config):
+class LaunchConfig(PlaceConfig):
     "How a grid is carried out; none of it changes a result."
     workers: int = option(1, "runs at the same time on this machine", lo=1, hi=256)
     time_limit_s: float = option(0., "most seconds of one run; 0: no limit", lo=0.)
-    cluster: str = option("", "address of a dask scheduler, such as tcp://host:8786; empty: this machine")
-    output_dir: str = option("../outputs", "records are written below it, in runs/")
 
 
 @contextmanager
@@ -321,12 +320,7 @@ def executor(cfg: LaunchConfig): # Yields something with `submit`
     if not cfg.cluster:
         with ThreadPoolExecutor(cfg.workers) as pool: yield pool
         return
-    from distributed import Client
-    try: client = Client(cfg.cluster, timeout=15)
-    except (OSError, ValueError, TimeoutError) as e:
-        raise UserError(f"cluster is {cfg.cluster!r}, where no dask scheduler answers ({type(e).__name__}): expected "
-                        f"an address such as 'tcp://127.0.0.1:8786'.") from None
-    with client: yield client.get_executor(pure=False)
+    yield connect(cfg.cluster).get_executor(pure=False)
 
 # %% ../../nbs/53_experiments.grid.ipynb #4d902ac0
 @contextmanager

@@ -31,6 +31,7 @@ class StudyConfig(Config):
     "Options that all studies share: those of a run, those of a launch, and the seeds."
     seeds: int = option(1, "runs of each variant, with seeds seed, seed + 1, ...", lo=1, hi=100)
     output_dir: str = option("../outputs", "records are written below it, in runs/")
+    cluster: str = option("", "address of a dask scheduler, such as tcp://host:8786; empty: this machine")
     run: RunConfig = part(RunConfig)
     launch: LaunchConfig = part(LaunchConfig)
 

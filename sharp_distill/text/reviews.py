@@ -181,18 +181,25 @@ def unpack_text_encoder(facts: list, arrays: dict) -> TextEncoder:
     return TextEncoder(tuple(parts), tuple(f["scale"] for f in facts))
 
 # %% ../../nbs/23_text.reviews.ipynb #23a1c013
+@functools.lru_cache(1)
+def _loaded(folder: str, cfg: ReviewConfig, sha: str) -> tuple: return load_encoder(folder, cfg) # once a process
+
+
+def _encode_block(texts, **encoder): # Here or on a worker, which loads the encoder itself
+    return encode_texts(texts, *_loaded(**encoder), encoder["cfg"])
+
+
 def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d], float32 [I, d], NeuralEncoder
     "Encode train reviews with a transformers encoder and pool them."
-    folder, texts, loaded = find_encoder(name), train_reviews(split), []
+    folder, texts = find_encoder(name), train_reviews(split)
     known = name, encoder_sha(folder, cfg), sum(p.stat().st_size for p in folder.iterdir() if p.is_file()), cfg
-    def encode(block):
-        if not loaded: loaded.append(load_encoder(str(folder), cfg))
-        return encode_texts(block, *loaded[0], cfg)
+    encode = functools.partial(_encode_block, folder=str(folder), cfg=cfg, sha=known[1])
     if not len(texts):
         d = int(read_json(folder / "config.json")["hidden_size"])
         zeros = lambda *shape: np.zeros((*shape, d), np.float32)
         return zeros(texts.n_users), zeros(texts.n_items), NeuralEncoder(*known, zeros())
     vectors, column = cached_vectors(cache_dir("reviews", known[1]), texts.text, encode)
+    _loaded.cache_clear()
     mean, projection = finish_vectors(vectors, column, texts.item_idx, cfg.finish)
     rows = (pool_reviews(vectors, column, row, n, mean, projection)
             for row, n in ((texts.user_idx, texts.n_users), (texts.item_idx, texts.n_items)))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..cluster import map_blocks
 from ..core import UserError, content_sha, progress, whole_file
 from .encoders import ReviewConfig
 
@@ -93,10 +94,10 @@ def encode_missing(folder: Path, # The store of one encoder
     "Encode the texts that no file holds, longest first, saving block by block."
     todo = np.flatnonzero(~look_up(folder, keys)[1])
     todo = todo[np.argsort([len(texts[i]) for i in todo], kind="stable")[::-1]]
-    for start in progress(range(0, len(todo), block), f"encoding {len(todo)} reviews"):
-        rows = np.sort(todo[start:start + block])
-        name = f"block-{content_sha(keys[rows])}.safetensors"
-        write_vectors(folder / name, keys[rows], encode([texts[i] for i in rows]))
+    blocks = [np.sort(todo[start:start + block]) for start in range(0, len(todo), block)]
+    found = map_blocks(encode, ([texts[i] for i in rows] for rows in blocks), lower="max_tokens or batch_tokens")
+    for rows, vectors in zip(blocks, progress(found, f"encoding {len(todo)} reviews", total=len(blocks))):
+        write_vectors(folder / f"block-{content_sha(keys[rows])}.safetensors", keys[rows], vectors)
 
 # %% ../../nbs/21_text.vector_cache.ipynb #1beabcc5
 def _fill_store(folder: Path, path: Path, keys, texts: list, encode, block: int):

@@ -1,0 +1,99 @@
+"""Measure on a machine with a GPU: `python tools/gpu_check.py` writes outputs/speed/gpu.json; no internet, under two minutes."""
+import argparse
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from sharp_distill.core import Stopwatch, machine, peak_mib, write_json  # noqa: E402
+from sharp_distill.data.synthetic import sample_frame  # noqa: E402
+from sharp_distill.text import encoders  # noqa: E402
+from sharp_distill.text.encoders import ReviewConfig, clean_text, encode_texts, load_encoder, tokenise  # noqa: E402
+
+BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
+            relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+            max_position_embeddings=512, type_vocab_size=0)
+
+
+def sample_texts(n: int) -> list: # Distinct reviews of the embedded shop, with other seeds until there are enough
+    "Draw n reviews without reading a file."
+    found, seed = {}, 0
+    while len(found) < n:
+        found.update(dict.fromkeys(t for t in map(clean_text, sample_frame(seed)["review"]) if t))
+        seed += 1
+    return list(found)[:n]
+
+
+def base_encoder(tokenizer, cfg): # A DeBERTa of base size with drawn weights; speed does not depend on their values
+    from transformers import DebertaV2Config, DebertaV2Model
+    device = encoders.pick_device(cfg.device)
+    with torch.device(device): model = DebertaV2Model(DebertaV2Config(vocab_size=len(tokenizer), **BASE))
+    return model.eval().to(device, getattr(torch, cfg.precision) if device.type == "cuda" else None)
+
+
+def row(what: str, n: int, s: float, cfg: ReviewConfig, **more) -> dict:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
+    found = dict(what=what, reviews=n, seconds=round(s, 3), reviews_per_s=round(n / s), precision=cfg.precision,
+                 peak_mib=round(peak_mib()), device=device, **more)
+    print(found, flush=True)
+    return found
+
+
+def timed(fn, again: int = 2) -> float: # Seconds of the fastest call, after one that warms up
+    best = float("inf")
+    for k in range(again + 1):
+        if torch.cuda.is_available(): torch.cuda.synchronize()
+        with Stopwatch() as t: fn()
+        if k: best = min(best, t.s)
+    return best
+
+
+def tokenising(tokenizer, texts, cfg) -> list:
+    "Tokenising alone: one call with the library's threads, and copies of the tokenizer in threads of their own."
+    rows = [row("tokenising", len(texts), timed(lambda: tokenise(tokenizer, texts, cfg)), cfg, threads=os.cpu_count())]
+    for n in {2, min(4, os.cpu_count())}:
+        copies = [load_encoder("shipped", cfg)[0] for _ in range(n)]
+        with ThreadPoolExecutor(n) as pool:
+            cut = lambda: list(pool.map(lambda c: tokenise(copies[c], texts[c::n], cfg), range(n)))
+            rows.append(row(f"tokenising, {n} copies", len(texts), timed(cut), cfg, threads=os.cpu_count()))
+    return rows
+
+
+def encoding(texts: list, device: str, n_base: int) -> list:
+    "Encode with the shipped encoder and with one of base size, in float32 and in half."
+    rows, here = [], ReviewConfig(device="cpu")
+    on_cpu = encoders.pick_device(device).type == "cpu" # where half precision is slower than none
+    exact = encode_texts(texts[:2000], *load_encoder("shipped", here), here)
+    for precision in ("float32",) if on_cpu else ("float32", "float16", "bfloat16"):
+        cfg = ReviewConfig(device=device, precision=precision)
+        tokenizer, model = load_encoder("shipped", cfg)
+        if precision == "float32": rows += tokenising(tokenizer, texts, cfg)
+        off = float(abs(encode_texts(texts[:2000], tokenizer, model, cfg) - exact).max())
+        s = timed(lambda: encode_texts(texts, tokenizer, model, cfg))
+        rows.append(row("shipped encoder", len(texts), s, cfg, off_from_cpu=off))
+        if not n_base: continue
+        base, some = base_encoder(tokenizer, cfg), texts[:n_base]
+        s = timed(lambda: encode_texts(some, tokenizer, base, cfg), again=1)
+        rows.append(row("DeBERTa of base size", n_base, s, cfg))
+    return rows
+
+
+def measure_gpu(device: str = "auto", n: int = 131_072, n_base: int = 24_576) -> list:
+    "All rows of outputs/speed/gpu.json."
+    return encoding(sample_texts(n), device, n_base)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--reviews", type=int, default=131_072)
+    parser.add_argument("--base-reviews", type=int, default=24_576)
+    parser.add_argument("--out", default=str(ROOT / "outputs/speed/gpu.json"))
+    given = parser.parse_args()
+    rows = measure_gpu(given.device, given.reviews, given.base_reviews)
+    write_json(given.out, dict(rows=rows, machine=machine()))
