@@ -1,4 +1,4 @@
-"""Measure on a machine with a GPU: `python tools/gpu_check.py` writes outputs/speed/gpu.json; no internet, under two minutes."""
+"""Measure encoders on a GPU: `python tools/gpu_check.py` writes outputs/speed/gpu.json; no internet, under two minutes."""
 import argparse
 import os
 import sys
