@@ -113,7 +113,7 @@ def test_a_bad_partition_is_named(shops, two_workers, tmp_path, fault):
     if fault == "value": (folder / "4.csv").write_text("user_id,item_id,rating\nu1,i1,5\nu2,i2,many\n")
     with pytest.raises(UserError, match="partition 4.csv .*many" if fault == "value" else "partition 3.parquet") as e:
         partition_interactions(folder, tmp_path / "out", cluster=two_workers)
-    assert "\n" not in str(e.value) and not (tmp_path / "out" / "manifest.json").exists()
+    assert "\n" not in str(e.value) and not (tmp_path / "out" / "partitions.json").exists()
 
 
 @pytest.mark.slow # both workers import transformers

@@ -1,4 +1,4 @@
-"""Measure encoders on a GPU: `python tools/gpu_check.py` writes outputs/speed/gpu.json; no internet, under two minutes."""
+"""Measure encoders on a GPU: `python tools/gpu_check.py` writes outputs/speed/gpu.json; offline, under two minutes."""
 import argparse
 import os
 import sys

@@ -209,9 +209,12 @@ def partition_interactions(path, # A folder of files, or a Parquet file
     "Number, sort and filter a data set partition by partition."
     parts, out = list_partitions(path), Path(out)
     sha = content_sha([(f, g, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f, g in parts], cfg.to_dict())
-    if (out / "manifest.json").exists() and (known := read_json(out / "manifest.json")).get("sha") == sha: return known
-    if out.exists(): shutil.rmtree(out)
-    work, n = str(out / "work"), len(parts)
+    if (out / "partitions.json").exists() and (known := read_json(out / "partitions.json")).get("sha") == sha: return known
+    ours = any((out / name).exists() for name in ("partitions.json", "partitions.work"))
+    if out.exists() and any(out.iterdir()) and not ours:
+        raise UserError(f"{out.name} holds other files: expected a new name or an empty folder to write partitions to.")
+    shutil.rmtree(out, ignore_errors=True)
+    work, n = str(out / "partitions.work"), len(parts)
     blocks = lambda fn, of, *shared: list(map_blocks(fn, of, *shared, cluster=cluster, lower="the rows of a partition"))
     staged = blocks(stage_partition, list(enumerate(parts)), work, cfg)
     sizes = {side: blocks(number_range, [(side, r, lim) for r, lim in enumerate(
@@ -227,7 +230,7 @@ def partition_interactions(path, # A folder of files, or a Parquet file
     for side, keep in zip(SIDES, (users, items)): _write_ids(out / f"{side}s.parquet", work, side, sizes[side], keep)
     manifest = dict(sha=sha, users=int(users.sum()), items=int(items.sum()), rows=rows, parts=len(spans),
                     steps=dict(read=read, one_row_a_pair=once, rated=good, k_core=rows))
-    write_json(out / "manifest.json", manifest)
+    write_json(out / "partitions.json", manifest)
     shutil.rmtree(work)
     return manifest
 
@@ -238,7 +241,7 @@ def load_partitioned(out, # As `partition_interactions` wrote it
     "Read what partitioning left into one table."
     import pyarrow.parquet as pq
     out = Path(out)
-    manifest = read_json(out / "manifest.json")
+    manifest = read_json(out / "partitions.json")
     ids = [pq.read_table(out / f"{side}s.parquet")["id"].to_numpy().astype(object) for side in SIDES]
     columns = ["user_idx", "item_idx", "rating", "timestamp", *(["review"] if texts else [])]
     found = [pq.read_table(out / f"part-{n:06d}.parquet", columns=columns) for n in range(manifest["parts"])]
