@@ -209,7 +209,8 @@ def partition_interactions(path, # A folder of files, or a Parquet file
     "Number, sort and filter a data set partition by partition."
     parts, out = list_partitions(path), Path(out)
     sha = content_sha([(f, g, Path(f).stat().st_size, Path(f).stat().st_mtime_ns) for f, g in parts], cfg.to_dict())
-    if (out / "partitions.json").exists() and (known := read_json(out / "partitions.json")).get("sha") == sha: return known
+    known = read_json(out / "partitions.json") if (out / "partitions.json").exists() else {}
+    if known.get("sha") == sha: return known
     ours = any((out / name).exists() for name in ("partitions.json", "partitions.work"))
     if out.exists() and any(out.iterdir()) and not ours:
         raise UserError(f"{out.name} holds other files: expected a new name or an empty folder to write partitions to.")
