@@ -119,3 +119,12 @@ def test_an_encoder_decoder_is_refused(tmp_path, tiny):
     folder = shutil.copytree(tiny, tmp_path / "t5")
     T5Config(num_layers=1, d_model=8, d_ff=8, num_heads=1, vocab_size=300).save_pretrained(folder)
     with pytest.raises(UserError, match="encoder-decoder"): load_encoder(str(folder))
+
+
+def test_the_gpu_check_runs_on_a_cpu():
+    import runpy
+
+    from conftest import ROOT
+    rows = runpy.run_path(str(ROOT / "tools/gpu_check.py"))["measure_gpu"]("cpu", n=40, n_base=0)
+    assert [r["what"].split(",")[0] for r in rows] == ["tokenising", *["tokenising"] * (len(rows) - 2), "shipped encoder"]
+    assert all(r["reviews_per_s"] > 0 and r["device"] == "cpu" for r in rows) and rows[-1]["off_from_cpu"] == 0
