@@ -119,7 +119,8 @@ def test_a_bad_partition_is_named(shops, two_workers, tmp_path, fault):
 @pytest.mark.slow # both workers import transformers
 def test_reviews_are_encoded_on_workers(two_workers, tmp_path, monkeypatch):
     from conftest import WORDS, written_split
-    from sharp_distill.text.encoders import ReviewConfig, tiny_deberta
+    from sharp_distill.text.deberta import tiny_deberta
+    from sharp_distill.text.encoders import ReviewConfig
     from sharp_distill.text.reviews import encode_reviews
     encoder, found = tiny_deberta(tmp_path / "tiny", WORDS), []
     for address in ("", two_workers):

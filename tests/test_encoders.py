@@ -7,7 +7,8 @@ from conftest import WORDS, written_split
 from sharp_distill.core import UserError
 from sharp_distill.text import encoders
 from sharp_distill.text.encoders import (
-    ReviewConfig, download_encoder, encode_texts, encoder_revision, find_encoder, load_encoder, tiny_deberta)
+    ReviewConfig, download_encoder, encode_texts, encoder_revision, find_encoder, load_encoder)
+from sharp_distill.text.deberta import tiny_deberta
 from sharp_distill.text.reviews import encode_reviews
 
 ODD = ["", " ", "\x00\x01", None, float("nan"), 7, "a", "🎸" * 50, "منتج رائع", "很好用", "<br><br>", "\ud800",

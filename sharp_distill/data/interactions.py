@@ -23,7 +23,7 @@ from .columns import ENCODING_HELP, Faults, pick_columns, tidy
 from .dates import NO_TIME
 from .files import join_pieces, read_table
 from .sources import fetch, find_source, local_files
-from .synthetic import make_graph, sample_frame, scale_counts
+from .synthetic import MAKERS, make_graph, sample_frame, scale_counts
 
 # %% ../../nbs/14_data.interactions.ipynb #0f8c5cfb
 @dataclass(frozen=True)
@@ -386,7 +386,7 @@ def load_interactions(dataset="sample", # "sample", a path, a list of them, a na
         data = read_interactions(dataset, columns, items, cfg.bad_rows, cfg.encoding, names, sep)
     elif not isinstance(dataset, (str, os.PathLike)):
         raise UserError(f"dataset is a {type(dataset).__name__}: expected a name, a path, a list of paths, or a table.")
-    elif dataset == "sample": data = make_sample()
+    elif dataset in MAKERS: data = compact(from_frame(MAKERS[dataset](), "made from seed 0"))
     elif str(dataset).startswith("scale_"): data = make_scale(str(dataset).removeprefix("scale_"))
     else:
         named = find_source(str(dataset))

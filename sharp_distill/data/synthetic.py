@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THEMES', 'STYLES', 'MOTIFS', 'FIRST', 'LAST', 'OPINIONS', 'ON_THEME', 'ON_STYLE', 'ON_MOTIF', 'NOT_MOTIF',
-           'ON_AUTHOR', 'SMALL_TALK', 'sample_catalogue', 'sample_tastes', 'place_within', 'sample_purchases',
-           'sample_reviews', 'sample_frame', 'long_tail', 'join_at_random', 'scale_counts', 'make_graph']
+           'ON_AUTHOR', 'SMALL_TALK', 'MAKERS', 'sample_catalogue', 'sample_tastes', 'place_within', 'sample_purchases',
+           'sample_reviews', 'sample_frame', 'mall_frame', 'long_tail', 'join_at_random', 'scale_counts', 'make_graph']
 
 # %% ../../nbs/13_data.synthetic.ipynb #d321883d
 import re
@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import UserError, did_you_mean, rng
+from .sources import MADE
 from ..paper import PAPER_SIZES
 
 # %% ../../nbs/13_data.synthetic.ipynb #f4d7ed0b
@@ -157,6 +158,14 @@ def sample_reviews(gen, books, tastes, user_idx, item_idx, rating) -> np.ndarray
     return np.array([t[1:] for t in text], dtype=object)
 
 # %% ../../nbs/13_data.synthetic.ipynb #a197e8a0
+def _ratings_and_days(gen, books, n_users: int, user_idx, item_idx, liking) -> tuple: # float [n], int [n]
+    "Rate by liking and chance; a user buys within a thousand days, new books come last."
+    liked = (liking - liking.mean()) / liking.std()
+    rating = np.clip(np.round(3.7 + 0.4 * liked + gen.normal(0, 1, len(liking))), 1, 5)
+    day = gen.integers(0, 1100, n_users)[user_idx] + gen.integers(0, 1000, len(user_idx))
+    return rating, np.where(books["is_new"][item_idx], 2000 + gen.integers(0, 100, len(day)), day)
+
+
 def sample_frame(seed: int = 0, # Draws everything
                  n_users: int = 1200, # Users
                  n_items: int = 500, # Books
@@ -166,10 +175,7 @@ def sample_frame(seed: int = 0, # Draws everything
     gen = rng(seed, "sample")
     books, tastes = sample_catalogue(gen, n_items), sample_tastes(gen, n_users)
     user_idx, item_idx, liking = sample_purchases(gen, books, tastes, rows_per_user)
-    liked = (liking - liking.mean()) / liking.std()
-    rating = np.clip(np.round(3.7 + 0.4 * liked + gen.normal(0, 1, len(liking))), 1, 5)
-    day = gen.integers(0, 1100, n_users)[user_idx] + gen.integers(0, 1000, len(user_idx))
-    day = np.where(books["is_new"][item_idx], 2000 + gen.integers(0, 100, len(day)), day)
+    rating, day = _ratings_and_days(gen, books, n_users, user_idx, item_idx, liking)
     names = [f"{a}.{b}".lower() for a in FIRST for b in LAST]
     again = lambda j: f".{j // len(names)}" if j >= len(names) else ""
     user_ids = np.array([names[j % len(names)] + again(j) for j in gen.permutation(n_users)], dtype=object)
@@ -178,6 +184,32 @@ def sample_frame(seed: int = 0, # Draws everything
     review = sample_reviews(gen, books, tastes, user_idx, item_idx, rating)
     return pd.DataFrame(dict(user_id=user_ids[user_idx], item_id=item_ids[item_idx], rating=rating, timestamp=second,
                              item_title=books["title"][item_idx], review=review))
+
+# %% ../../nbs/13_data.synthetic.ipynb #53833439
+def mall_frame(seed: int = 0, # Draws everything
+               n_shops: int = 30, n_users: int = 2375, n_items: int = 2181, # Users and books of each
+               rows_per_user: float = 18, # Mean number of purchases at home, before new books are thinned out
+               guests: float = .2, # Share of the users who also buy in the next shop, half as much
+              ) -> pd.DataFrame: # user_id, item_id, rating, timestamp, item_title, review
+    "Make several bookshops whose users share tastes and sometimes walk over."
+    gen, frames = rng(seed, "mall"), []
+    tastes = [sample_tastes(gen, n_users) for _ in range(n_shops)]
+    for shop in range(n_shops):
+        books = sample_catalogue(gen, n_items)
+        visits = [(shop, n_users, rows_per_user), ((shop + 1) % n_shops, round(guests * n_users), rows_per_user / 2)]
+        for home, n, rows in visits:
+            own = {kind: t[:n] for kind, t in tastes[home].items()}
+            user_idx, item_idx, liking = sample_purchases(gen, books, own, rows)
+            rating, day = _ratings_and_days(gen, books, n, user_idx, item_idx, liking)
+            second = 1546300800 + day * 86400 + gen.integers(0, 86400, len(day))
+            frames.append(pd.DataFrame(dict(
+                user_id=home * n_users + user_idx, item_id=shop * n_items + item_idx, rating=rating, timestamp=second,
+                item_title=books["title"][item_idx],
+                review=sample_reviews(gen, books, own, user_idx, item_idx, rating))))
+    return pd.concat(frames, ignore_index=True)
+
+
+MAKERS = dict(zip(MADE, (sample_frame, mall_frame)))
 
 # %% ../../nbs/13_data.synthetic.ipynb #cb4bec17
 def long_tail(gen, # Random generator

@@ -188,7 +188,7 @@ def student_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int =
     soft = d.SoftLabels(*(np.resize(a, (R.shape[0], a.shape[1])) for a in (targets.soft.items, targets.soft.scores)))
     known = replace(targets, soft=soft)
     loss = lambda u, i, epoch, gen: d.distill_loss(target_cfg, model, known, R, u, d.draw_items(R, u, gen), epoch, gen)
-    cfg, batch = within_steps(cfg, R.shape[0]), resolve_batch_size(cfg, R.shape[0])
+    cfg, batch = within_steps(cfg, R.shape[0], cfg.most_steps), resolve_batch_size(cfg, R.shape[0])
     some = gen.permutation(len(targets.users))[:batch] # of the gathered users; each has a train item
     step_s = _time_steps(model, (some, some), loss, cfg, n_steps)
     seconds = dict(gather_s=gather_s, init_s=init.s * cfg.emb_dim / n_columns)

@@ -361,7 +361,7 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     device, train = pick_device(cfg.device), split.train.to_csr()
     some = np.flatnonzero(np.diff(train.indptr)) # users with a train item
     rows = (some, some) if teacher else (split.train.user_idx, split.train.item_idx)
-    cfg = within_steps(cfg, len(rows[0]))
+    cfg = within_steps(cfg, len(rows[0]), cfg.most_steps)
     with Stopwatch() as setup:
         model = build_student(cfg, train, reviews, device)
         if teacher and target_cfg.init == "svd": init_from_svd(model, train, targets, target_cfg.init_ridge)

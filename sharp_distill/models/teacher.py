@@ -42,6 +42,7 @@ class TeacherConfig(TrainConfig):
     lr: float = option(5e-3, "Adam learning rate", lo=0.)
     epochs: int = option(40, "most passes over the train interactions", lo=0)
     patience: int = option(5, "validations without a better one before stopping", lo=1)
+    most_steps: int = option(1280, "most optimiser steps: fewer epochs where they would be more; 0: no limit", lo=0)
     emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
     n_layers: int = option(3, "hypergraph steps; 0: none, neither within a side nor from items to users", lo=0, hi=16)
     align_weight: float = option(.1, "weight of the cross-modal InfoNCE (4)", lo=0.)
@@ -307,7 +308,8 @@ def train_teacher(split, reviews, # Of the same split
                  ) -> TeacherState:
     "Train the networks and the item-item ridge on `split.train`; everything is chosen on `split.valid`."
     reviews.check_split(split)
-    train, sessions, cfg = split.train.to_csr(), teacher_sessions(split, cfg), within_steps(cfg, len(split.train))
+    cfg = within_steps(cfg, len(split.train), cfg.most_steps)
+    train, sessions = split.train.to_csr(), teacher_sessions(split, cfg)
     model = build_network(cfg, train, reviews, pick_device(cfg.device), sessions)
     now = lambda: freeze_teacher(model, train, split, reviews)
     history = fit(model, (split.train.user_idx, split.train.item_idx),

@@ -42,7 +42,6 @@ class TrainConfig(Config):
     reg: float = option(1e-3, "L2 weight on the embeddings of a batch", lo=0.)
     loss: str = option("softmax", "ranking loss", choices=("softmax", "bpr", "mse"))
     n_negatives: int = option(0, "negatives shared by a batch; 0: the whole catalogue, or 8,192 of a large one", lo=0)
-    most_steps: int = option(0, "most optimiser steps: fewer epochs where they would be more; 0: no limit", lo=0)
     precision: str = option("float32", "arithmetic of the forward pass", choices=("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, batches and negatives", lo=0)
     device: str = option("auto", "auto, cpu, cuda, mps")
@@ -56,11 +55,12 @@ def resolve_batch_size(cfg: TrainConfig,
     return max(2 ** round(math.log2(max(n_rows, 1) / 32)), cfg.least_batch)
 
 
-def within_steps(cfg: TrainConfig, n_rows: int) -> TrainConfig: # Train rows
-    "Return a config whose epochs end within `cfg.most_steps`, with at least one epoch."
-    if not cfg.most_steps: return cfg
+def within_steps(cfg: TrainConfig, n_rows: int, # Train rows
+                 most_steps: int) -> TrainConfig: # 0: no limit
+    "Return a config whose epochs end within so many optimiser steps, with at least one epoch."
+    if not most_steps: return cfg
     a_pass = -(-n_rows // resolve_batch_size(cfg, n_rows))
-    return cfg.replace(epochs=min(cfg.epochs, max(1, cfg.most_steps // max(a_pass, 1))))
+    return cfg.replace(epochs=min(cfg.epochs, max(1, most_steps // max(a_pass, 1))))
 
 # %% ../../nbs/31_models.training.ipynb #00291506
 def mse_loss(pos, # [B] scores of chosen items

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core import Config, option, progress, rng
-from .encoders import ReviewConfig, encode_texts, load_encoder, pool_tokens, quiet_transformers
+from .deberta import quiet_transformers
+from .encoders import ReviewConfig, encode_texts, load_encoder, pool_tokens
 
 # %% ../../nbs/24_text.encoder_training.ipynb #ed4f6079
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
