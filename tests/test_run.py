@@ -80,7 +80,7 @@ def test_numbers_are_names_and_values_to_the_last_digit(monkeypatch, tmp_path):
     given = lambda **options: run_config({k: _resolve_type(v) for k, v in options.items()})
     cfg = given(dataset="20160901", encoder="1234567", models="ease,popularity", lr="0.0125", seed="1234567", columns="1")
     assert (cfg.data.dataset, cfg.encoder, cfg.student.lr, cfg.seed, cfg.data.columns) == ("20160901", "1234567", .0125, 1234567, "1")
-    assert given(output_dir="True").output_dir == "True" and run_config(dict(models=["ease", "student"])).models == "ease,student"
+    assert given(output_dir="True").place.output_dir == "True" and run_config(dict(models=["ease", "student"])).models == "ease,student"
     monkeypatch.setenv("SHARP_DISTILL_DATA", str(tmp_path))
     with pytest.raises(UserError, match="'20160901' is not a known data set"): cfg.data.load()
     make_sample(n_users=60, n_items=40).to_frame().to_csv(tmp_path / "20160901.csv", index=False)

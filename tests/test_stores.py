@@ -162,7 +162,7 @@ def light(monkeypatch, tmp_path):
 
 
 def publish(output, who=0):
-    cfg = run.RunConfig(output_dir=str(output))
+    cfg = run.RunConfig.from_dict(dict(output_dir=str(output)))
     ready = SimpleNamespace(split=SimpleNamespace(train=0, valid=0, test=0), reviews=SimpleNamespace(text_encoder=None), data=SimpleNamespace(sha="abc"))
     return run.RunFolder(cfg, "id").publish(dict(who=who, values=list(range(500))), None, ready)
 

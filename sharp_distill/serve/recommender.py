@@ -259,7 +259,8 @@ def build_recommender(state, # A `StudentState`
     facts = dict(config=config, split_sha=state.split_sha, encoder=state.encoder)
     if text_encoder is not None: text_encoder, facts["min_users_of_a_word"] = _shared_words(text_encoder, min_users)
     R = train.to_csr()
-    known = [_in_numbers_of(train, part) for part in exclude] + [train.low_csr()] * bool(len(train.low)) # rated low
+    known = [_in_numbers_of(train, part) for part in exclude]
+    if len(getattr(train, "low", ())): known.append(train.low_csr()) # rated low is known too
     everything = sum(known, R.astype(bool)).astype(bool) if known else R
     return Recommender(**arrays, train=R, exclude=everything, text_encoder=text_encoder, facts=facts,
                        user_ids=train.user_ids, item_ids=train.item_ids, item_titles=train.item_titles)
