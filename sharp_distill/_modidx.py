@@ -1603,6 +1603,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'sharp_distill/models/item_filter.py'),
                                                   'sharp_distill.models.item_filter.nearest_items': ( 'models.item_filter.html#nearest_items',
                                                                                                       'sharp_distill/models/item_filter.py'),
+                                                  'sharp_distill.models.item_filter.solve_all': ( 'models.item_filter.html#solve_all',
+                                                                                                  'sharp_distill/models/item_filter.py'),
                                                   'sharp_distill.models.item_filter.solve_block': ( 'models.item_filter.html#solve_block',
                                                                                                     'sharp_distill/models/item_filter.py'),
                                                   'sharp_distill.models.item_filter.solve_local': ( 'models.item_filter.html#solve_local',
