@@ -1,4 +1,4 @@
-"""Measure encoders on a GPU: `python tools/gpu_check.py` writes outputs/speed/gpu.json; offline, under two minutes."""
+"""Measure encoders, and with --datasets teacher and student, on a GPU: writes outputs/speed/gpu.json; offline."""
 import argparse
 import os
 import sys
@@ -83,6 +83,40 @@ def encoding(texts: list, device: str, n_base: int) -> list:
     return rows
 
 
+def training(dataset: str, device: str) -> list:
+    "Train teacher and student with the defaults, and say what each part took and reached."
+    from sharp_distill.data.evaluation import evaluate
+    from sharp_distill.data.interactions import load_interactions
+    from sharp_distill.data.split import make_split
+    from sharp_distill.models.distillation import StudentConfig, TargetConfig, distill, gather_targets
+    from sharp_distill.models.item_filter import fit_item_filter
+    from sharp_distill.models.student import student_scorer
+    from sharp_distill.models.teacher import TeacherConfig, teacher_scorer, teacher_sessions, train_teacher
+    from sharp_distill.text.reviews import encode_reviews
+    rows, cfg, done = [], TeacherConfig(device=device), {}
+    def step(what, fn, **more):
+        with Stopwatch() as t: done[what] = fn()
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else "cpu"
+        rows.append(dict(dataset=Path(dataset).stem, what=what, seconds=round(t.s, 2), device=gpu, **more))
+        print(rows[-1], flush=True)
+        return done[what]
+    split = step("reading and splitting", lambda: make_split(load_interactions(dataset)))
+    reviews = step("words", lambda: encode_reviews(split, "tfidf"))
+    given = teacher_sessions(split, cfg), cfg.session_weight
+    ridge = step("item-item ridge", lambda: fit_item_filter(split, reviews, *given, device=device))
+    teacher = step("networks and fusion", lambda: train_teacher(split, reviews, cfg, item_filter=ridge))
+    targets = step("targets", lambda: gather_targets(teacher, StudentConfig().emb_dim))
+    student = step("student", lambda: distill(teacher, split, reviews, StudentConfig(device=device), TargetConfig(),
+                                              targets))
+    for scorer in (teacher_scorer(teacher), student_scorer(student)):
+        found = step(f"test of the {scorer.name}", lambda s=scorer: evaluate(s, split))
+        rows[-1] |= dict(ndcg=round(found.mean(), 4))
+    rows[-1] |= dict(n_items=split.n_items, n_users=split.n_users, options=ridge.options, valid=teacher.valid,
+                     epochs=len(teacher.history.rows), student_valid=student.valid, peak_mib=round(peak_mib()))
+    print(rows[-2:], flush=True)
+    return rows
+
+
 def measure_gpu(device: str = "auto", n: int = 131_072, n_base: int = 24_576) -> list:
     "All rows of outputs/speed/gpu.json."
     return encoding(sample_texts(n), device, n_base)
@@ -93,7 +127,11 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--reviews", type=int, default=131_072)
     parser.add_argument("--base-reviews", type=int, default=24_576)
+    parser.add_argument("--datasets", nargs="*", default=[], help="names or paths, such as sample_cds")
     parser.add_argument("--out", default=str(ROOT / "outputs/speed/gpu.json"))
     given = parser.parse_args()
-    rows = measure_gpu(given.device, given.reviews, given.base_reviews)
+    rows = measure_gpu(given.device, given.reviews, given.base_reviews) if given.reviews else []
     write_json(given.out, dict(rows=rows, machine=machine()))
+    for name in given.datasets:
+        rows += training(name, given.device)
+        write_json(given.out, dict(rows=rows, machine=machine()))
