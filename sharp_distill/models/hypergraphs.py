@@ -16,6 +16,7 @@ import scipy.sparse as sp
 import torch
 
 from ..core import UserError, rng
+from ..data.dates import NO_TIME
 
 # %% ../../nbs/30_models.hypergraphs.ipynb #ce1c5f76
 def _incidence(train: sp.spmatrix, # [U, I] train interactions
@@ -92,8 +93,9 @@ SESSION_DAYS = 30
 
 def session_hyperedges(train) -> sp.csr_matrix: # Interactions -> [I, S] of ones, float32
     "Join the items that one user reviewed within one bin of `SESSION_DAYS` days of the calendar."
-    known = np.asarray(train.timestamp) >= 0
+    known = np.asarray(train.timestamp) != NO_TIME
     bins = train.timestamp[known] // (SESSION_DAYS * 86_400)
+    bins = bins - bins.min(initial=0)                    # times before 1970 are below 0
     key = train.user_idx[known].astype(np.int64) * (bins.max(initial=0) + 1) + bins
     sessions, at = np.unique(key, return_inverse=True)
     places = train.item_idx[known], at

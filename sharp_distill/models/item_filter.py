@@ -271,19 +271,19 @@ def solve_block(gram: ItemGram, block, # Of `item_blocks`
 
 # %% ../../nbs/32_models.item_filter.ipynb #2cc96ed2
 def solve_all(gram: ItemGram, options: list, # Dictionaries with ridge and text_weight
-              items=None) -> list: # int64 [m] or None, as below; for each of the options: csr [I, m]
+              items=None) -> list: # int64 [m] or None, as below; for each of the options: float32 [I, m]
     "Return the ridge on all other items, the dense solution, of a catalogue of up to `WHOLE` items."
     edges, text, out = gram.edges.toarray(), gram.text.whole.cpu().numpy(), []
     for o in options:
         B = solve_ridge(edges + np.float32(o["text_weight"] * gram.unit) * text, o["ridge"], overwrite=True)
-        out.append(sp.csr_matrix(B if items is None else B[:, np.sort(items)]))
+        out.append(B if items is None else B[:, np.sort(items)])
     return out
 
 
 def solve_local(gram: ItemGram, neighbours, # int32 [I, n]; None: all other items
                 options: list, # Dictionaries with ridge and text_weight
                 items=None, # int64 [m], in the order of `gram.order`; None: all
-               ) -> list: # For each of the options: csr [I, m], B source by target, items ascending
+               ) -> list: # For each of the options: B [I, m], source by target, items ascending; csr, or dense for None
     "Return the local ridge of some items, for several options at once."
     if neighbours is None: return solve_all(gram, options, items)
     items = gram.order() if items is None else items
@@ -319,10 +319,10 @@ class ItemFilter:
 
 
 def filter_scores(R, # csr [B, I] what users have
-                  B, # csr [I, m]
+                  B, # [I, m], csr or dense
                  ) -> np.ndarray: # float32 [B, m]
     "Add the rows of the users' items."
-    return (R @ B).toarray()
+    return (R @ B).toarray() if sp.issparse(B) else np.asarray(R @ B)
 
 # %% ../../nbs/32_models.item_filter.ipynb #7916a3f4
 def _tried_items(gram: ItemGram) -> np.ndarray: # int64 [m], in the order of the gram
@@ -335,9 +335,9 @@ def _tried_items(gram: ItemGram) -> np.ndarray: # int64 [m], in the order of the
 
 def affordable_counts(n_items: int, counts) -> list: # Ascending
     "Return the numbers of neighbours that a catalogue of this size can afford; up to `WHOLE` items, all others too."
-    some = sorted(n for n in counts if n < n_items - 1)
+    some = sorted(n for n in counts if n < n_items / 2)
     some = some[:1] + [n for n in some[1:] if n_items * n**3 / 3 <= MOST_WORK]
-    return some + [n_items - 1] * (n_items <= WHOLE)
+    return some + [n_items - 1] * (n_items <= WHOLE or not some)
 
 
 def choose_local(split, gram: ItemGram, neighbours, # int32 [I, n], as many as are tried at most
@@ -383,5 +383,5 @@ def fit_item_filter(split, # Split
         valid, options = max(found, key=lambda f: f[0])
         n = options["n_neighbours"]
         near = None if n == R.shape[1] - 1 else neighbours[:, :n]
-        B = solve_local(grams[options["session_weight"]], near, [options])[0]
+        B = sp.csr_matrix(solve_local(grams[options["session_weight"]], near, [options])[0])
     return ItemFilter(B, valid, options, w.s)
