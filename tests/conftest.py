@@ -65,3 +65,12 @@ def written_split(n=300, n_users=40, n_items=60):
     train = SimpleNamespace(user_idx=r.integers(0, n_users - 2, n), item_idx=r.integers(0, n_items - 2, n),
                             review=review, n_users=n_users, n_items=n_items)
     return SimpleNamespace(train=train, sha="made")
+
+
+def refused(fn, *args, **kw):
+    "Return the message of the UserError that must come, on one line."
+    from sharp_distill.core import UserError
+    with pytest.raises(UserError) as caught: fn(*args, **kw)
+    said = str(caught.value)
+    assert "\n" not in said and 20 < len(said) < 600, said
+    return said

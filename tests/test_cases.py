@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,14 +31,6 @@ CASES = Path(__file__).parent / "cases"
 BASE = CASES / "base/reviews.csv"
 TABLE = pd.read_csv(BASE)
 SHA = load_interactions(BASE).sha
-
-
-def refused(fn, *args, **kw):
-    "Return the message of the UserError that must come, on one line."
-    with pytest.raises(UserError) as caught: fn(*args, **kw)
-    said = str(caught.value)
-    assert "\n" not in said and 20 < len(said) < 600, said
-    return said
 
 
 def load(content, **kw): return load_interactions(io.BytesIO(content if isinstance(content, bytes) else content.encode()), **kw)

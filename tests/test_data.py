@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import refused
 
-from sharp_distill.core import UserError
 from sharp_distill.data import sources
 from sharp_distill.data.files import read_table
 from sharp_distill.data.dates import NO_TIME
@@ -53,14 +53,6 @@ def put(tmp_path):
 
 
 def lines(*rows): return "".join(json.dumps(r) + "\n" for r in rows).encode()
-
-
-def refused(fn, *args, **kw):
-    "Return the message of the UserError that must come, on one line."
-    with pytest.raises(UserError) as caught: fn(*args, **kw)
-    said = str(caught.value)
-    assert "\n" not in said and 20 < len(said) < 600, said
-    return said
 
 
 # ---------------------------------------------------------------- formats

@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharp_distill.core import UserError
 from sharp_distill.data.interactions import from_frame, make_sample
 from sharp_distill.data.split import (
     PARTS, PROTOCOLS, Split, check_split, load_split, make_split, part_sizes, save_split, split_from_column,
@@ -15,12 +15,6 @@ from sharp_distill.data.split import (
 
 SAMPLE = make_sample(n_users=120, n_items=60)
 key = lambda d: d.user_idx * d.n_items + d.item_idx
-
-
-def refused(fn, *args, **kw):
-    with pytest.raises(UserError) as caught: fn(*args, **kw)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
