@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-LOCK = Path(__file__).parent.parent / "requirements.lock"
+LOCK = Path(__file__).parent.parent / ".ci/requirements.lock"
 HERE = f"{sys.implementation.cache_tag} {sys.platform} {__import__('platform').machine()}" # wheels differ by these
 
 
