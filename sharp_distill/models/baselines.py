@@ -25,8 +25,8 @@ from ..core import Config, Stopwatch, UserError, option, pick_device, progress, 
 from ..data.evaluation import Scorer, evaluate, rank_topk
 from .hypergraphs import SparseOp, build_hypergraphs, safe_power
 from sharp_distill.models.item_filter import (
-    N_NEIGHBOURS, ItemGram, add_gram, item_gram, nearest_items, solve_local, solve_ridge, sparse_gram, text_gram,
-    text_likeness)
+    N_NEIGHBOURS, ItemGram, add_gram, filter_scores, item_gram, nearest_items, solve_local, solve_ridge, sparse_gram,
+    text_gram, text_likeness)
 from .training import TrainConfig, fit, l2_penalty, mask_train, ranking_loss, sample_candidates
 
 # %% ../../nbs/33_models.baselines.ipynb #052a37ae
@@ -77,11 +77,9 @@ def item_scorer(name: str, split,
                 train_s: float, config: dict, history=None) -> Scorer:
     "Wrap an item-to-item model: a user's scores are the sum of the rows of their train items."
     R = split.train.to_csr()
-    def score(user_idx):
-        s = R[user_idx] @ B
-        return s.toarray() if sp.issparse(s) else s
     n_params = B.nnz if sp.issparse(B) else B.size - len(B)
-    return Scorer(name, score, n_params, stored_bytes(R, B), train_s, config=config, history=history)
+    return Scorer(name, lambda u: filter_scores(R[u], B), n_params, stored_bytes(R, B), train_s, config=config,
+                  history=history)
 
 # %% ../../nbs/33_models.baselines.ipynb #e6e258a4
 @dataclass(frozen=True)

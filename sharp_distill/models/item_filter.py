@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_ITEMS', 'EASE_MATRICES', 'EDGE_POWER', 'ROWS', 'WHOLE', 'TEXT_DIMS', 'STEP', 'CACHED', 'FILTER_GRID',
-           'N_NEIGHBOURS', 'MOST_WORK', 'SOME_ITEMS', 'item_gram', 'text_gram', 'add_gram', 'solve_ridge', 'item_text',
-           'sparse_gram', 'TextLikeness', 'take_blocks', 'text_likeness', 'near_order', 'ItemGram', 'nearest_items',
-           'item_blocks', 'solve_block', 'solve_all', 'solve_local', 'ItemFilter', 'filter_scores', 'affordable_counts',
-           'choose_local', 'fit_item_filter']
+           'N_NEIGHBOURS', 'MOST_WORK', 'SOME_ITEMS', 'weighted_hyperedges', 'item_gram', 'text_gram', 'add_gram',
+           'solve_ridge', 'item_text', 'sparse_gram', 'TextLikeness', 'take_blocks', 'text_likeness', 'near_order',
+           'ItemGram', 'nearest_items', 'item_blocks', 'solve_block', 'solve_all', 'solve_local', 'ItemFilter',
+           'filter_scores', 'affordable_counts', 'choose_local', 'fit_item_filter']
 
 # %% ../../nbs/32_models.item_filter.ipynb #f93caaf2
 from dataclasses import dataclass, replace
@@ -45,15 +45,23 @@ def _dense_product(A, B) -> np.ndarray: # [n, c], [c, m], both sparse or both de
     return out
 
 # %% ../../nbs/32_models.item_filter.ipynb #06cf029b
+def weighted_hyperedges(R: sp.csr_matrix, # [E, I] hyperedges over items, such as users
+                        edge_power: float, # p; 0 counts every hyperedge alike
+                       ) -> sp.csr_matrix: # float32 [E, I]
+    "Multiply each hyperedge by the root of its weight, (its size / the mean size)^-edge_power."
+    R = sp.csr_matrix(R, dtype=np.float32)
+    if not edge_power: return R
+    size = np.maximum(np.asarray(R.sum(1), np.float32).ravel(), 1)
+    return sp.csr_matrix(sp.diags((size / size.mean()) ** np.float32(-edge_power / 2)) @ R)
+
+
 def item_gram(R: sp.csr_matrix, # [E, I] hyperedges over items, such as users
               edge_power: float = 0., # p; 0 counts every hyperedge alike
              ) -> np.ndarray: # float32 [I, I]
     "Return the items' Gram matrix, each hyperedge weighted by (its size / the mean size)^-edge_power."
     _refuse_large(R.shape[1], EASE_MATRICES)
-    if edge_power:
-        size = np.maximum(np.asarray(R.sum(1), np.float32).ravel(), 1)
-        R = sp.diags((size / size.mean()) ** (-edge_power / 2)) @ R
-    return _dense_product(R.T.tocsr(), R.tocsr())
+    R = weighted_hyperedges(R, edge_power)
+    return _dense_product(R.T.tocsr(), R)
 
 # %% ../../nbs/32_models.item_filter.ipynb #b66d4372
 def text_gram(item_text, # [I, V] a row an item, dense or csr; zero rows without text
@@ -111,11 +119,8 @@ def sparse_gram(R: sp.csr_matrix, # [E, I] hyperedges over items, such as users
                 edge_power: float = 0., # p; 0 counts every hyperedge alike
                ) -> sp.csr_matrix: # float32 [I, I]
     "Return the Gram matrix of `item_gram` as a sparse matrix."
-    R = sp.csr_matrix(R, dtype=np.float32)
-    if edge_power:
-        size = np.maximum(np.asarray(R.sum(1), np.float32).ravel(), 1)
-        R = sp.diags((size / size.mean()) ** np.float32(-edge_power / 2)) @ R
-    return sp.csr_matrix(R.T.tocsr() @ R.tocsr())
+    R = weighted_hyperedges(R, edge_power)
+    return sp.csr_matrix(R.T.tocsr() @ R)
 
 # %% ../../nbs/32_models.item_filter.ipynb #fe1f52a1
 WHOLE = 8192 # Items whose likeness is held as one matrix, and the most in a block of the local ridge
@@ -287,15 +292,16 @@ def solve_local(gram: ItemGram, neighbours, # int32 [I, n]; None: all other item
     "Return the local ridge of some items, for several options at once."
     if neighbours is None: return solve_all(gram, options, items)
     items = gram.order() if items is None else items
-    parts = [(b[1].cpu().numpy(), solve_block(gram, b, options)) for b in item_blocks(gram, neighbours, items)]
-    near = np.concatenate([p[0] for p in parts]).astype(np.int32)
-    ends, back = np.arange(0, near.size + 1, near.shape[1]), np.argsort(items, kind="stable")
-    out = []
-    for k in range(len(options)):
-        weights = np.concatenate([p[1][k] for p in parts])
-        B = sp.csr_matrix((weights.ravel(), near.ravel(), ends), shape=(len(items), gram.n_items))
-        out.append(sp.csr_matrix(B[back].T))
-    return out
+    shape, done = (len(items), neighbours.shape[1]), 0
+    near, weights = np.empty(shape, np.int32), np.empty((len(options), *shape), np.float32)
+    for block in item_blocks(gram, neighbours, items):
+        to = done + len(block[0])
+        near[done:to] = block[1].cpu().numpy()
+        for X, solved in zip(weights, solve_block(gram, block, options)): X[done:to] = solved
+        done = to
+    ends, back = np.arange(0, near.size + 1, shape[1]), np.argsort(items, kind="stable")
+    by_target = [sp.csr_matrix((X.ravel(), near.ravel(), ends), shape=(len(items), gram.n_items)) for X in weights]
+    return [sp.csr_matrix(B[back].T) for B in by_target]
 
 # %% ../../nbs/32_models.item_filter.ipynb #6817872a
 FILTER_GRID = dict(ridge=(100., 300., 1000., 3000.), text_weight=(.5, 1., 3., 9.), n_neighbours=(100, 200, 400))

@@ -260,10 +260,9 @@ def _fit_item_ridge(split, reviews, cfg, fits=None, watch=None):
 
 for m in (
     Method("item_ridge_no_sessions", "item-item ridge, no times", "black", "<", "part", TEXT,
-           ItemRidgeNoSessionsConfig,
-           _fit_item_ridge),
-    Method("item_ridge", "item-item ridge", "black", ">", "part", (*TEXT, "times"), ItemRidgeConfig, _fit_item_ridge,
-           )): register(m)
+           ItemRidgeNoSessionsConfig, _fit_item_ridge),
+    Method("item_ridge", "item-item ridge", "black", ">", "part", (*TEXT, "times"), ItemRidgeConfig,
+           _fit_item_ridge)): register(m)
 
 # %% ../../nbs/39_models.registry.ipynb #5421fda3
 @dataclass(frozen=True)
