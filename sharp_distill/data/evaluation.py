@@ -10,7 +10,7 @@ __all__ = ['rank_topk', 'hit_matrix', 'metrics_at', 'Scorer', 'recommend_topk', 
 # %% ../../nbs/16_data.evaluation.ipynb #d784eadf
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import scipy.sparse as sp
@@ -103,6 +103,7 @@ class Scorer:
     user_emb: np.ndarray | None = None # float32[U, d] when score = user_emb @ item_emb.T
     item_emb: np.ndarray | None = None # float32[I, d]
     config: dict | None = None # The options it was fitted with
+    chosen: dict = field(default_factory=dict) # Options that validation chose: what a fit without validation is told
     history: object = None # What its training did, epoch by epoch
     state: object = None # A TeacherState or StudentState, where there is one
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'BLOCKS_UP_TO', 'FUSION_GRID', 'propagate', 'TeacherConfig', 'TeacherModule', 'build_network', 'align_loss',
-           'teacher_loss', 'TeacherState', 'freeze_teacher', 'standardise', 'network_scores', 'hgnn_scores',
-           'teacher_scores', 'user_blocks', 'sharpened', 'ScoreBlocks', 'ScoreFactors', 'score_operator',
-           'teacher_scorer', 'teacher_sessions', 'fuse', 'train_teacher']
+           'teacher_loss', 'TeacherState', 'freeze_teacher', 'network_scores', 'hgnn_scores', 'teacher_scores',
+           'user_blocks', 'sharpened', 'ScoreBlocks', 'ScoreFactors', 'score_operator', 'teacher_scorer',
+           'teacher_sessions', 'fuse', 'train_teacher']
 
 # %% ../../nbs/35_models.teacher.ipynb #665ce28f
 from dataclasses import dataclass, field, replace
@@ -23,6 +23,7 @@ from .hypergraphs import SparseOp, add_hyperedges, build_hypergraphs, session_hy
 from sharp_distill.models.training import (
     History, TrainConfig, fit, info_nce, l2_penalty, mask_train, ranking_loss, sample_candidates, valid_ndcg,
     within_steps)
+from .fusion import standardise
 from .item_filter import ItemFilter, filter_scores, fit_item_filter
 
 # %% ../../nbs/35_models.teacher.ipynb #fe1b795e
@@ -168,12 +169,6 @@ def freeze_teacher(model: TeacherModule, train: sp.csr_matrix, split, reviews) -
     "Copy a module's present embeddings into a state."
     with torch.no_grad(): users, items = (z.cpu().numpy().copy() for z in model())
     return TeacherState(users, items, None, 0., train, model.cfg, split.sha, reviews.encoder, head=model.head_arrays())
-
-# %% ../../nbs/35_models.teacher.ipynb #4d7c38ee
-def standardise(scores: np.ndarray) -> np.ndarray: # float32 [B, I] -> the same shape
-    "Give every row mean 0 and deviation 1; a constant row becomes 0."
-    centred = scores - scores.mean(1, keepdims=True)
-    return centred / np.maximum(centred.std(1, keepdims=True), 1e-9)
 
 # %% ../../nbs/35_models.teacher.ipynb #0775168e
 @singledispatch

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ALL_ITEMS', 'DRAWN', 'ASKED', 'TrainConfig', 'resolve_batch_size', 'within_steps', 'mse_loss', 'bpr_loss',
            'sampled_softmax_loss', 'ranking_loss', 'l2_penalty', 'info_nce', 'sample_candidates', 'mask_train',
-           'draw_items', 'valid_ndcg', 'History', 'epoch_order', 'save_checkpoint', 'load_checkpoint', 'fit']
+           'draw_items', 'asked_users', 'valid_ndcg', 'History', 'epoch_order', 'save_checkpoint', 'load_checkpoint',
+           'fit']
 
 # %% ../../nbs/31_models.training.ipynb #80c62d34
 import contextlib
@@ -146,16 +147,23 @@ def draw_items(train: sp.csr_matrix, # [U, I]
 ASKED = 2**28 # scores that one validation computes at most, but always those of 2,000 users
 
 
+def asked_users(known, truth, # csr [U, I] of train and of validation
+                ) -> np.ndarray: # int64 [n], evenly spread
+    "Return the users that validation asks."
+    wanted = np.diff(truth.indptr) > 0
+    with_history = wanted & (np.diff(known.indptr) > 0)
+    users, most = np.flatnonzero(with_history if with_history.any() else wanted), max(2000, ASKED // truth.shape[1])
+    return users if len(users) <= most else users[np.linspace(0, len(users) - 1, most).astype(np.int64)]
+
+
 def valid_ndcg(score, # user_idx int64 [B] -> [B, m]
                split, items=None, # int64 [m], what is scored; None: the whole catalogue
-              ) -> float: # 0 where nobody is to be asked
+              ) -> float: # nan where nobody is to be asked
     "Return NDCG@10 on the validation part."
     known, truth = split.train.to_csr(), split.valid.to_csr()
     if items is not None: known, truth = known[:, items], truth[:, items]
-    users, n_items = np.flatnonzero(np.diff(truth.indptr)), truth.shape[1]
-    most, k = max(2000, ASKED // n_items), min(10, n_items)
-    if len(users) > most: users = users[np.linspace(0, len(users) - 1, most).astype(np.int64)]
-    if not len(users): return 0.
+    users, k = asked_users(known, truth), min(10, truth.shape[1])
+    if not len(users): return float("nan")
     hits = hit_matrix(recommend_topk(score, users, known, k), users, truth)
     return float(metrics_at(hits, np.diff(truth.indptr)[users], (k,))[f"NDCG@{k}"].mean())
 
@@ -278,7 +286,7 @@ def fit(model: nn.Module, # Trained in place; holds its best weights afterwards
         name: str = "training", # Label of the progress bar
         also: tuple = (), # What else a checkpoint must agree in, beside `cfg`
        ) -> History:
-    "Train with Adam and early stopping; continue from `checkpoint` when it exists."
+    "Train with Adam and early stopping, to the end where `validate` gives nan; continue from a `checkpoint`."
     gen, device = torch_rng(cfg.seed, "fit", name), next(model.parameters()).device
     key = content_sha(cfg.sha(), list(also))
     rows = tuple(torch.as_tensor(np.asarray(r, dtype=np.int64)) for r in rows)
@@ -293,7 +301,7 @@ def fit(model: nn.Module, # Trained in place; holds its best weights afterwards
         row |= dict(valid=_validated(model, validate), seconds=time.perf_counter() - start)
         bar.set_postfix(loss=f"{row['loss']:.4f}", valid=f"{row['valid']:.4f}")
         history = replace(history, rows=(*history.rows, row))
-        if row["valid"] > history.best_valid:
+        if not row["valid"] <= history.best_valid: # nan: nobody is asked, the last epoch stays
             best, history = _snapshot(model), replace(history, best_epoch=epoch, best_valid=row["valid"])
         if checkpoint: save_checkpoint(checkpoint, model, best, optimiser, gen, history, key)
     model.load_state_dict(best)
