@@ -1870,6 +1870,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'sharp_distill/models/teacher.py'),
                                               'sharp_distill.models.teacher.hgnn_scores': ( 'models.teacher.html#hgnn_scores',
                                                                                             'sharp_distill/models/teacher.py'),
+                                              'sharp_distill.models.teacher.merge_single': ( 'models.teacher.html#merge_single',
+                                                                                             'sharp_distill/models/teacher.py'),
                                               'sharp_distill.models.teacher.network_scores': ( 'models.teacher.html#network_scores',
                                                                                                'sharp_distill/models/teacher.py'),
                                               'sharp_distill.models.teacher.propagate': ( 'models.teacher.html#propagate',

@@ -22,11 +22,12 @@ from scipy.sparse.linalg import lsmr
 from torch import nn
 
 from ..core import Config, Stopwatch, UserError, option, pick_device, rng, torch_rng
-from ..data.evaluation import recommend_topk
+from ..data.evaluation import rank_topk, recommend_topk
 from .hypergraphs import SparseOp, student_edges
 from .training import (
     TrainConfig, draw_items, fit, l2_penalty, mask_train, ranking_loss, sample_candidates, valid_ndcg, within_steps)
-from .teacher import TeacherState, score_operator, standardise, teacher_scores, user_blocks
+from .fusion import standardise
+from .teacher import TeacherState, score_operator, teacher_scores, user_blocks
 from .student import StudentState, compact_gcn, student_scores
 
 # %% ../../nbs/37_models.distillation.ipynb #66479758
@@ -107,8 +108,9 @@ N_TOP = 100 # the teacher's best items a user that become soft labels
 @dataclass(frozen=True, eq=False)
 class SoftLabels:
     "The teacher's scores of each user's best items."
-    items: np.ndarray # int32 [U, C]
-    scores: np.ndarray # float32 [U, C], -inf for train items
+    items: np.ndarray # int32 [U, C], best first
+    scores: np.ndarray # float32 [U, C], -inf where a user has fewer than C items to come
+    gather_s: float = 0. # Seconds it took
 
 # %% ../../nbs/37_models.distillation.ipynb #f89120e7
 def gather_soft_labels(score, # user_idx int64 [B] -> float32 [B, I], the teacher
@@ -118,12 +120,14 @@ def gather_soft_labels(score, # user_idx int64 [B] -> float32 [B, I], the teache
     "Keep the teacher's best items that each user does not have."
     n_users, n_items = train.shape
     n_top, items, scores = min(n_top, n_items), [], []
-    for users in user_blocks(n_users, n_items):
-        s = np.array(score(users), np.float32)
-        s[train[users].nonzero()] = -np.inf
-        top = np.argpartition(-s, n_top - 1, 1)[:, :n_top]
-        items.append(top.astype(np.int32)); scores.append(np.take_along_axis(s, top, 1))
-    return SoftLabels(np.vstack(items), np.vstack(scores))
+    with Stopwatch() as t:
+        for users in user_blocks(n_users, n_items):
+            s = np.array(score(users), np.float32)
+            s[train[users].nonzero()] = -np.inf
+            top = rank_topk(s, n_top)
+            items.append(np.maximum(top, 0).astype(np.int32))
+            scores.append(np.where(top < 0, -np.float32(np.inf), np.take_along_axis(s, items[-1], 1)))
+    return SoftLabels(np.vstack(items), np.vstack(scores), t.s)
 
 # %% ../../nbs/37_models.distillation.ipynb #b5430d69
 ANNEAL_SHARE = .5 # of the epochs, over which the temperature moves
@@ -189,15 +193,16 @@ def gather_targets(teacher: TeacherState,
                    emb_dim: int, # Width of the student
                    cfg: TargetConfig = TargetConfig(),
                    seed: int = 0, # Of the randomised SVD
+                   soft: SoftLabels | None = None, # Of this teacher, to share them; None: gathered here
                   ) -> DistillationTargets:
     "Compute what the student learns from, in a few passes over the teacher's scores."
-    score = lambda u: teacher_scores(teacher, u)
-    standard = lambda u: standardise(score(u))
+    standard = lambda u: standardise(teacher_scores(teacher, u))
+    soft = soft or gather_soft_labels(standard, teacher.train)
     with Stopwatch() as t:
         Y, V = svd_targets(score_operator(teacher, cfg.score_exponent), emb_dim, seed=seed)
         scale = softmax_scale(Y, V, standard, cfg.temperature) ** .5
-        soft = gather_soft_labels(standard, teacher.train)
-    return DistillationTargets(Y * scale, V * scale, soft, gather_options(emb_dim, cfg, seed), teacher.split_sha, t.s)
+    return DistillationTargets(Y * scale, V * scale, soft, gather_options(emb_dim, cfg, seed), teacher.split_sha,
+                               soft.gather_s + t.s)
 
 # %% ../../nbs/37_models.distillation.ipynb #ba0c8411
 class StudentModule(nn.Module):

@@ -16,7 +16,9 @@ from .training import asked_users
 def standardise(scores: np.ndarray) -> np.ndarray: # float32 [B, I] -> the same shape
     "Give every row mean 0 and deviation 1; a constant row becomes 0."
     centred = scores - scores.mean(1, keepdims=True)
-    return centred / np.maximum(centred.std(1, keepdims=True), 1e-9)
+    spread = np.sqrt(np.einsum("bi,bi->b", centred, centred) / scores.shape[1])
+    centred /= np.maximum(spread, 1e-9)[:, None]
+    return centred
 
 # %% ../../nbs/32_models.fusion.ipynb #f0510009
 def fused_scores(parts: dict, # Name -> callable, user_idx int64 [B] -> float32 [B, I]

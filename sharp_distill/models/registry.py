@@ -26,9 +26,12 @@ from .baselines import (
 from .competitors import (
     AlphaRecConfig, HCCFConfig, HGAttConfig, LightHGNNConfig, SimRecConfig, fit_alpharec, fit_hccf, fit_hgatt,
     fit_lighthgnn, fit_simrec, fit_text_lightgcn)
-from .teacher import TeacherConfig, teacher_scorer, teacher_sessions, train_teacher
+from .teacher import (
+    TeacherConfig, teacher_scorer, teacher_scores, teacher_sessions, train_teacher)
 from .student import student_scorer
-from .distillation import NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets
+from .fusion import standardise
+from .distillation import (
+    NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_soft_labels, gather_targets)
 
 # %% ../../nbs/39_models.registry.ipynb #8e8329a2
 @dataclass(frozen=True)
@@ -309,8 +312,12 @@ def shared_targets(fits: Fits, cfg: DistilledConfig) -> tuple: # (TeacherState, 
     # the weight acts in the loss only
     seed, emb_dim, gathered = cfg.student.seed, cfg.student.emb_dim, cfg.targets.replace(kd_weight=1.)
     teacher = fits.fit("teacher", seed).state
-    key = ("targets", fits.config("teacher", seed=seed).sha(), gathered.sha(), emb_dim, seed)
-    return teacher, fits.keep(key, lambda: gather_targets(teacher, emb_dim, gathered, seed))
+    of = fits.config("teacher", seed=seed).sha()
+    def gather():
+        standard = lambda u: standardise(teacher_scores(teacher, u))
+        soft = fits.keep(("soft labels", of), lambda: gather_soft_labels(standard, teacher.train))
+        return gather_targets(teacher, emb_dim, gathered, seed, soft)
+    return teacher, fits.keep(("targets", of, gathered.sha(), emb_dim, seed), gather)
 
 
 def _fit_student(split, reviews, cfg, fits=None, watch=None):
