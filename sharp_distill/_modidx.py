@@ -1942,6 +1942,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'sharp_distill/models/training.py'),
                                                'sharp_distill.models.training.save_checkpoint': ( 'models.training.html#save_checkpoint',
                                                                                                   'sharp_distill/models/training.py'),
+                                               'sharp_distill.models.training.sized': ( 'models.training.html#sized',
+                                                                                        'sharp_distill/models/training.py'),
                                                'sharp_distill.models.training.valid_ndcg': ( 'models.training.html#valid_ndcg',
                                                                                              'sharp_distill/models/training.py'),
                                                'sharp_distill.models.training.within_steps': ( 'models.training.html#within_steps',
