@@ -21,13 +21,16 @@ from ..data.dates import NO_TIME
 # %% ../../nbs/30_models.hypergraphs.ipynb #ce1c5f76
 def _incidence(train: sp.spmatrix, # [U, I] train interactions
                side: str, # Which side the vertices are: "user" or "item"
-              ) -> sp.csr_matrix: # [N, E] of ones, float32
+              weighted: bool = False, # Keep weights below 1
+              ) -> sp.csr_matrix: # [N, E] of ones, or of weights above 0 and at most 1, float32
     "Return the incidence matrix of one side."
     if side not in ("user", "item"): raise UserError(f"side is {side!r}: expected 'user' or 'item'.")
     H = sp.csr_matrix(train if side == "user" else train.T, dtype=np.float32, copy=True)
     H.sum_duplicates()
     H.eliminate_zeros()
-    H.data[:] = 1
+    if weighted and not np.all(H.data > 0):
+        raise UserError(f"the smallest weight of a row is {np.nanmin(H.data)}: expected 0 or more, and no nan.")
+    H.data = np.minimum(H.data, 1) if weighted else np.ones_like(H.data)
     return H
 
 # %% ../../nbs/30_models.hypergraphs.ipynb #c746fc2c
@@ -155,12 +158,12 @@ def normalised_adjacency(train: sp.spmatrix, # [U, I] train interactions
     return sp.csr_matrix(scale @ A @ scale, dtype=np.float32)
 
 # %% ../../nbs/30_models.hypergraphs.ipynb #50488959
-def student_edges(train: sp.spmatrix, # [U, I] train interactions
+def student_edges(train: sp.spmatrix, # [U, I] train interactions: ones, or the weights a_ui of rows, at most 1
                  ) -> tuple: # Edge weights [U, I], users' self-loops [U], items' self-loops [I]
-    "Return the three blocks of Â: 1/sqrt((d_u+1)(d_i+1)), 1/(d_u+1) and 1/(d_i+1)."
-    R = _incidence(train, "user")
+    "Return the three blocks of Â: a_ui/sqrt((d_u+1)(d_i+1)), 1/(d_u+1) and 1/(d_i+1); d_u sums weights, d_i counts."
+    R = _incidence(train, "user", weighted=True)
     user_loop = 1 / (np.asarray(R.sum(1)).ravel() + 1)
-    item_loop = 1 / (np.asarray(R.sum(0)).ravel() + 1)
+    item_loop = 1 / (np.bincount(R.indices, minlength=R.shape[1]).astype(np.float32) + 1)
     edges = sp.diags(np.sqrt(user_loop)) @ R @ sp.diags(np.sqrt(item_loop))
     return sp.csr_matrix(edges, dtype=np.float32), user_loop.astype(np.float32), item_loop.astype(np.float32)
 
