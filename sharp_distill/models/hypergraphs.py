@@ -46,7 +46,7 @@ def safe_power(degrees: np.ndarray, # [N], not negative
 @dataclass(frozen=True, eq=False)
 class Hypergraph:
     "A hypergraph with its incidence matrix, hyperedge weights and derived operator."
-    H: sp.csr_matrix # [N, E] incidence, 0 or 1
+    H: sp.csr_matrix # [N, E] incidence, 0 to 1
     w_e: np.ndarray # [E] hyperedge weights, not negative
     side: str # "user" or "item": what the vertices are
 
@@ -84,11 +84,12 @@ def _weights(w_e, n_edges: int, side: str) -> np.ndarray:
 def build_hypergraphs(train: sp.spmatrix, # [U, I] train interactions
                       item_weights=None, # [I] weights of items as hyperedges over users
                       user_weights=None, # [U] weights of users as hyperedges over items
+                      weighted: bool = False, # Keep weights of rows below 1 as weights of memberships
                      ) -> tuple[Hypergraph, Hypergraph]: # User side, item side
     "Build the user hypergraph and its dual from train interactions."
     n_users, n_items = train.shape
-    return (Hypergraph(_incidence(train, "user"), _weights(item_weights, n_items, "user"), "user"),
-            Hypergraph(_incidence(train, "item"), _weights(user_weights, n_users, "item"), "item"))
+    return (Hypergraph(_incidence(train, "user", weighted), _weights(item_weights, n_items, "user"), "user"),
+            Hypergraph(_incidence(train, "item", weighted), _weights(user_weights, n_users, "item"), "item"))
 
 # %% ../../nbs/30_models.hypergraphs.ipynb #6f2aea85
 SESSION_DAYS = 30
