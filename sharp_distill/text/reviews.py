@@ -18,7 +18,7 @@ import scipy.sparse as sp
 from ..core import UserError, cache_dir, read_json, rng
 from .encoders import ReviewConfig, clean_text, encode_texts, find_encoder, load_encoder
 from .vector_cache import cached_vectors, encoder_sha
-from .words import WordEncoder, encode_words, train_reviews
+from .words import WordEncoder, encode_words, tfidf_rows, train_reviews
 
 # %% ../../nbs/23_text.reviews.ipynb #aa1973e4
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ReviewEmbeddings:
     encoder: str # The name it was asked for
     split_sha: str # Of the split whose train part was read
     text_encoder: object = field(default=None, repr=False, compare=False) # A `TextEncoder` for later texts, or None
+    item_words: object = field(default=None, repr=False, compare=False) # csr [I, V] TF-IDF rows behind them, or None
 
     def __post_init__(self):
         for side in ("user", "item"):
@@ -248,5 +249,6 @@ def encode_reviews(split, # Only `split.train` and `split.sha` are read
     if encoder == "none":
         user, item = (np.zeros((n, cfg.n_dims), np.float32) for n in (split.train.n_users, split.train.n_items))
         return ReviewEmbeddings(user, item, encoder, split.sha)
-    user, item, part = encode_words(split, cfg) if encoder == "tfidf" else encode_neural(split, encoder, cfg)
-    return ReviewEmbeddings(user, item, encoder, split.sha, TextEncoder((part,)))
+    rows = tfidf_rows(split) if encoder == "tfidf" else None
+    user, item, part = encode_words(split, cfg, rows) if rows else encode_neural(split, encoder, cfg)
+    return ReviewEmbeddings(user, item, encoder, split.sha, TextEncoder((part,)), rows and rows[1])

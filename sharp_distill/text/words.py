@@ -132,9 +132,11 @@ class WordEncoder:
         return WordEncoder(words, self.rarity[keep], self.projection[keep])
 
 # %% ../../nbs/22_text.words.ipynb #df7f84cb
-def encode_words(split, cfg: ReviewConfig) -> tuple: # float32 [U, n_dims], float32 [I, n_dims], WordEncoder
+def encode_words(split, cfg: ReviewConfig,
+                 rows: tuple | None = None, # Of `tfidf_rows`, where they were counted before
+                ) -> tuple: # float32 [U, n_dims], float32 [I, n_dims], WordEncoder
     "Reduce the TF-IDF rows of users and items."
-    users, items, words, rarity = tfidf_rows(split)
+    users, items, words, rarity = rows or tfidf_rows(split)
     projection = text_projection(items, cfg)
     encoder = WordEncoder(tuple(map(str, words)), rarity, projection, users.getnnz(axis=0).astype(np.int64))
     return users @ projection, items @ projection, encoder
