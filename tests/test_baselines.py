@@ -1,4 +1,5 @@
 """Baselines against independent implementations, closed forms, and what a model may read."""
+import re
 import sys
 from dataclasses import replace
 
@@ -6,13 +7,18 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from conftest import refused
 
 from sharp_distill.core import UserError
 from sharp_distill.data.evaluation import evaluate
 from sharp_distill.data.interactions import make_sample
 from sharp_distill.data.split import make_split
 from sharp_distill.models import baselines as b
+from sharp_distill.models import item_filter as f
 from sharp_distill.models.hypergraphs import random_interactions
+from sharp_distill.text import words as words_module
+from sharp_distill.text.encoders import ReviewConfig
+from sharp_distill.text.reviews import encode_reviews
 from sharp_distill.text.words import item_tfidf
 
 CLOSED = dict(itemknn=b.fit_itemknn, rp3beta=b.fit_rp3beta, gfcf=b.fit_gfcf, ease=b.fit_ease, slim=b.fit_slim)
@@ -95,6 +101,100 @@ def test_implicit_missing_is_one_clear_line(split, monkeypatch):
     for name in ("implicit", "implicit.cpu", "implicit.cpu.als"): monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="pip install implicit") as e: b.fit_ials(split)
     assert "\n" not in str(e.value)
+
+
+# --- the item-item ridge
+
+def local(R, words=None, n=3, ridge=1., text_weight=0., device="cpu"):
+    gram = f.ItemGram(f.sparse_gram(sp.csr_matrix(R)), f.text_likeness(np.zeros((R.shape[1], 1)) if words is None else words, device), 1.)
+    return f.solve_local(gram, f.nearest_items(gram, n), [dict(ridge=ridge, text_weight=text_weight)])[0]
+
+
+CLONES = np.ones((50, 6), np.float32) # six items chosen by the same users
+
+
+def test_more_neighbours_than_items_are_refused_and_a_default_is_cut(split):
+    said = refused(local, CLONES, n=6)
+    assert "n_neighbours is 6: expected 1 to 5" in said and said.endswith("the nearest good choice is 5.")
+    assert refused(local, CLONES, n=0).endswith("the nearest good choice is 1.")
+    reviews = encode_reviews(split, "tfidf")
+    assert "n_neighbours is 200: expected 1 to 199" in refused(f.fit_item_filter, split, reviews, grid=f.FILTER_GRID | dict(n_neighbours=(50, split.n_items)))
+    small = make_split(make_sample(seed=2, n_users=60, n_items=40), seed=0)
+    assert f.fit_item_filter(small, encode_reviews(small, "tfidf")).options["n_neighbours"] == small.n_items - 1 # fewer items than any default
+    assert b.fit_local_ease(small).n_params == small.n_items * (small.n_items - 1)
+
+
+def test_an_item_without_any_neighbour_has_a_zero_column():
+    R = np.zeros((30, 8), np.float32)
+    R[:, :5] = np.random.default_rng(0).random((30, 5)) < .5
+    R[0, 5:7] = 0, 1
+    R[0, :5] = 0 # item 5 nobody chose; item 6 has one user, who chose nothing else; item 7 nobody
+    B = local(R, n=4).toarray()
+    assert np.isfinite(B).all() and not B[:, 5:].any() and not B[5:].any() and B[:5, :5].any()
+
+
+def test_a_ridge_too_small_for_a_block_says_which_is_enough():
+    for fit in (local, lambda R, **o: f.solve_ridge(f.item_gram(sp.csr_matrix(R)), o["ridge"])):
+        for ridge in (1e-7, 0., -3.):
+            said = refused(fit, CLONES, ridge=ridge)
+            assert f"ridge is {ridge:g}: with it a block of items is singular" in said and "increase it" in said
+            good = float(said.split("is about ")[1].rstrip("."))
+            assert ridge < good < .1 and np.allclose(np.asarray(fit(CLONES, ridge=good).sum(0)), 1, atol=.02) # the others together are the item
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried ...")])
+@pytest.mark.parametrize("where", ["linalg.cholesky_ex", "searchsorted"]) # solving; finding neighbours
+def test_no_memory_says_what_to_lower(monkeypatch, error, where):
+    def fail(*a, **kw): raise error
+    monkeypatch.setattr(f"torch.{where}", fail)
+    said = refused(local, CLONES, n=4)
+    assert "with n_neighbours 4: lower n_neighbours, such as to 2, or use a machine with more" in said
+    with pytest.raises(UserError, match="or choose device='cpu'"):
+        with f.enough_memory(4, "cuda:1"): fail()
+    monkeypatch.setattr(f"torch.{where}", lambda *a, **kw: (_ for _ in ()).throw(RuntimeError("size mismatch")))
+    with pytest.raises(RuntimeError, match="size mismatch"): local(CLONES, n=4) # an error of another kind stays what it is
+
+
+def test_words_are_counted_once(split, monkeypatch):
+    calls, whole = [], words_module.count_words
+    monkeypatch.setattr(words_module, "count_words", lambda texts: calls.append(1) or whole(texts))
+    reviews, grid = encode_reviews(split, "tfidf"), dict(ridge=(300.,), text_weight=(1.,), n_neighbours=(50,))
+    once = f.fit_item_filter(split, reviews, grid=grid)
+    assert len(calls) == 1 and f.item_text(split, "tfidf", reviews) is reviews.item_words
+    twice = f.fit_item_filter(split, replace(reviews, item_words=None), grid=grid) # as before they were handed along
+    assert len(calls) == 2 and (once.B != twice.B).nnz == 0 and once.valid == twice.valid
+    assert (reviews.item_words != item_tfidf(split)).nnz == 0 and np.array_equal(reviews.item, words_module.encode_words(split, ReviewConfig())[1])
+    other = make_split(make_sample(seed=2, n_users=300, n_items=200), seed=1)
+    assert (f.item_text(other, "tfidf", reviews) != item_tfidf(other)).nnz == 0 # those of another split are not taken
+
+
+DENSE = """import json, sys
+import numpy as np, scipy.sparse as sp, scipy.linalg.lapack
+from sharp_distill.models import item_filter as f
+from sharp_distill.models.hypergraphs import random_interactions
+from sharp_distill.experiments.latency import own_peak_mib
+n, text = 3000, sys.argv[1] == "text"
+R, words = random_interactions(200, n, 20_000), sp.random(n, 400, .02, "csr", np.float32)
+f.solve_ridge(f.add_gram(f.item_gram(R[:, :300]), f.text_gram(words[:300]), 1.), 100., overwrite=True) # libraries are loaded
+before = own_peak_mib()
+if text:
+    kernel = f.text_gram(words)
+    gram = f.add_gram(f.item_gram(R), kernel, 1.)
+else: gram = f.item_gram(R)
+B = f.solve_ridge(gram, 100., overwrite=True)
+print(own_peak_mib() - before)"""
+
+
+@pytest.mark.parametrize("form", ["ids", "text"])
+def test_the_memory_that_is_refused_is_the_memory_that_is_taken(form):
+    "The gigabytes of the error line, scaled to 3,000 items, against the peak of a process that fits the dense form."
+    import subprocess
+    huge = sp.csr_matrix((3, 65_443), dtype=np.float32)
+    said = refused(f.item_gram, huge) if form == "ids" else refused(f.text_gram, huge.T.tocsr())
+    stated_mib = float(re.search(r"would take ([\d.]+) GiB", said).group(1)) * 1024 * (3000 / 65_443) ** 2
+    done = subprocess.run([sys.executable, "-c", DENSE, form], capture_output=True, text=True, check=True)
+    assert abs(float(done.stdout) / stated_mib - 1) < .25, (float(done.stdout), stated_mib)
 
 
 # --- models trained on pairs

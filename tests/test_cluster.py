@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refused
 
 from sharp_distill.cluster import connect, map_blocks, on_cluster, ranges
 from sharp_distill.core import UserError
 from sharp_distill.data.interactions import load_interactions, make_sample
 from sharp_distill.data.large import LargeConfig, load_partitioned, partition_interactions
 from sharp_distill.data.synthetic import sample_frame
-from sharp_distill.serve.batch import recommend_all
+from sharp_distill.models import item_filter
+from sharp_distill.serve.batch import evaluate_all, recommend_all
 from sharp_distill.serve.recommender import Recommender
 
 pytestmark = pytest.mark.xdist_group("cluster") # one cluster for all
@@ -168,6 +170,89 @@ def test_stopped_lists_go_on_and_broken_or_other_parts_are_made_again(rec, tmp_p
     assert recommend_all(rec, tmp_path, 6, block=100)["rows"] > wanted["rows"] and contents(tmp_path).keys() == whole.keys()
 
 
+def item_gram(n_items, n_rows=30_000):
+    "What items share; beyond 8,192 of them the text is held by its directions."
+    from sharp_distill.models.hypergraphs import random_interactions
+    words = np.random.default_rng(2).normal(size=(n_items, 8)).astype(np.float32)
+    R = random_interactions(2000, n_items, n_rows)
+    return item_filter.ItemGram(item_filter.sparse_gram(R, .5), item_filter.text_likeness(words), R.nnz / n_items)
+
+
+def ridge_of(gram, n, some=slice(None), **shared):
+    near = item_filter.nearest_items(gram, n)
+    B = item_filter.solve_local(gram, near, [dict(ridge=r, text_weight=1.) for r in (10., 100.)], gram.order()[some])
+    return near, *(m.data for m in B), *(m.indices for m in B)
+
+
+@pytest.mark.parametrize("n_items", [1500, 8500])
+def test_the_local_ridge_has_the_same_bits_on_a_cluster(two_workers, n_items, monkeypatch):
+    gram, some, asked = item_gram(n_items), slice(0, n_items, 1 + n_items // 1600), []
+    here = ridge_of(gram, 40, some)
+    monkeypatch.setattr(item_filter, "map_blocks", lambda fn, blocks, *a, **kw: asked.append((fn.__name__, len(blocks))) or map_blocks(fn, blocks, *a, **kw))
+    with on_cluster(two_workers): there = ridge_of(gram, 40, some)
+    assert all(map(np.array_equal, here, there)) and np.abs(here[1]).max() > 0
+    assert [name for name, _ in asked] == ["nearest_rows", "solve_items"] and all(n > 1 for _, n in asked) # it went through workers, in blocks
+
+
+def solve_and_die(span, gram, neighbours, items, options, killer):
+    "The second block takes its worker down the first time it is run."
+    if span[0] and not Path(killer).exists():
+        Path(killer).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item_filter.solve_items(span, gram, neighbours, items, options)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_half_way_through_the_ridge_loses_nothing(two_workers, tmp_path, monkeypatch):
+    gram, killer = item_gram(3000), str(tmp_path / "killed")
+    here = ridge_of(gram, 40)
+    dying = lambda fn, blocks, *a, **kw: map_blocks(solve_and_die, blocks, *a, killer, **kw) if fn is item_filter.solve_items else map_blocks(fn, blocks, *a, **kw)
+    monkeypatch.setattr(item_filter, "map_blocks", dying)
+    with on_cluster(two_workers): there = ridge_of(gram, 40)
+    assert Path(killer).exists() and all(map(np.array_equal, here, there))
+
+
+@pytest.fixture(scope="module")
+def shop():
+    from sharp_distill.data.split import make_split
+    from sharp_distill.text.reviews import encode_reviews
+    split = make_split(make_sample(seed=3, n_users=300, n_items=150), seed=0)
+    return split, encode_reviews(split, "tfidf")
+
+
+def test_a_run_fits_its_ridge_and_is_evaluated_on_its_cluster(two_workers, shop):
+    "Everything that is chosen, the weights and every user's list; a scorer is a closure over matrices."
+    from sharp_distill.data.evaluation import evaluate
+    found = []
+    for address in ("", two_workers):
+        with on_cluster(address):
+            fit, R = item_filter.fit_item_filter(*shop, grid=dict(ridge=(100., 300.), text_weight=(1.,), n_neighbours=(20, 60))), shop[0].train.to_csr()
+            scorer = lambda users, B=fit.B: item_filter.filter_scores(R[users], B)
+            found.append((fit, evaluate_all(scorer, shop[0]), evaluate_all(scorer, shop[0], "valid", ks=(10,))))
+    (here, *lists), (there, *theirs) = found
+    assert (here.B != there.B).nnz == 0 and here.options == there.options and here.valid == there.valid
+    for a, b in zip(lists, theirs): assert np.array_equal(a.topk, b.topk) and a.metrics.keys() == b.metrics.keys() and a.mean() == b.mean() > 0
+    assert np.array_equal(lists[0].topk, evaluate(scorer, shop[0]).topk)
+
+
+def test_a_cluster_that_is_gone_is_one_line_within_seconds(shop):
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None) as cluster:
+        address, start = cluster.scheduler_address, time.perf_counter()
+        connect(address)
+    def fit():
+        with on_cluster(address): item_filter.fit_item_filter(*shop)
+    assert "no dask scheduler answers" in refused(fit) and time.perf_counter() - start < 10
+
+
+def test_a_bad_partition_of_a_run_is_named(shops, two_workers, tmp_path):
+    import shutil
+    from sharp_distill.experiments.run import RunConfig, prepare
+    folder = shutil.copytree(shops[0], tmp_path / "in")
+    (folder / "3.parquet").write_bytes(b"PAR1 cut off")
+    assert "partition 3.parquet is a broken Parquet file" in refused(prepare, RunConfig.from_dict(dict(dataset=str(folder), cluster=two_workers)))
+
+
 @pytest.mark.slow
 def test_a_killed_worker_loses_nothing(two_workers, X, tmp_path):
     found = list(map_blocks(products, ranges(100, 4), X, str(tmp_path / "killed"), cluster=two_workers))
@@ -184,3 +269,10 @@ def test_the_only_worker_killed_with_all_it_was_sent(own_worker, X, tmp_path):
 def test_a_worker_out_of_memory_says_what_to_lower(own_worker):
     with pytest.raises(UserError, match="block 0 2 times, as they do when they run out of memory: lower block_users, or give workers more"):
         list(map_blocks(too_large, ranges(1, 1), cluster=own_worker, lower="block_users"))
+
+
+@pytest.mark.slow
+def test_a_worker_without_memory_for_the_ridge_says_what_to_lower(own_worker):
+    gram = item_gram(8000)
+    with on_cluster(own_worker): said = refused(ridge_of, gram, 200)
+    assert "run out of memory" in said and "lower n_neighbours, or give workers more" in said

@@ -195,7 +195,7 @@ def fit_local_ease(split, cfg: LocalEASEConfig = LocalEASEConfig(),
     with Stopwatch() as w:
         text = np.zeros((R.shape[1], 1), np.float32) if item_text is None else item_text
         gram = ItemGram(sparse_gram(R), text_likeness(text), R.nnz / R.shape[1])
-        near = nearest_items(gram, cfg.n_neighbours, weight)
+        near = nearest_items(gram, min(cfg.n_neighbours, gram.n_items - 1), weight) # a small catalogue: all others
         B = solve_local(gram, near, [dict(ridge=cfg.reg, text_weight=weight)])[0]
     return item_scorer(name, split, B, w.s, cfg.to_dict())
 

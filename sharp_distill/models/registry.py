@@ -128,7 +128,7 @@ class Fits:
         "Return the items' text rows of an encoder; of TF-IDF the unreduced ones."
         reviews = lambda: self.reviews if encoder == self.reviews.encoder else encode_reviews(self.split, encoder)
         return self.keep(("text", encoder),
-                         lambda: item_text(self.split, encoder, reviews() if encoder != "tfidf" else None))
+                         lambda: item_text(self.split, encoder, self.reviews if encoder == "tfidf" else reviews()))
 
 # %% ../../nbs/39_models.registry.ipynb #52a4c686
 def fit_method(name: str, split, reviews, # Of the same split
