@@ -90,12 +90,13 @@ def ranges(n: int, # Rows
 
 # %% ../nbs/06_cluster.ipynb #c1a00014
 LONELY_S = 60. # seconds without any worker after which a run is given up
+def _memory(lower: str) -> str: return f"lower {lower}, or give workers more (`dask worker --memory-limit`)"
 
 
 def _wait(client, future, n: int, lower: str):
     "Return the result of block `n`, or say in one line why there is none."
     from distributed import KilledWorker
-    seen, memory = monotonic(), f"lower {lower}, or give workers more (`dask worker --memory-limit`)"
+    seen = monotonic()
     try:
         while True:
             with suppress(TimeoutError): return future.result(timeout=1.)
@@ -106,16 +107,26 @@ def _wait(client, future, n: int, lower: str):
                                 "start workers, then run again.")
     except KilledWorker as e:
         raise UserError(f"workers died on block {n} {e.allowed_failures + 1} times, as they do when they run out of "
-                        f"memory: {memory}.") from None
-    except MemoryError: raise UserError(f"a worker had no memory left for block {n}: {memory}.") from None
+                        f"memory: {_memory(lower)}.") from None
+    except MemoryError: raise UserError(f"a worker had no memory left for block {n}: {_memory(lower)}.") from None
+
+
+def _send(client, shared, lower: str, tries: int = 3) -> list: # Futures
+    "Send what all blocks need to every worker; one that dies meanwhile is waited for, so often."
+    if not shared: return []
+    for _ in range(tries):
+        try: return client.scatter([*shared], broadcast=True, hash=False)
+        except (OSError, TimeoutError): # dask's CommClosedError is an OSError
+            with suppress(OSError, TimeoutError): client.wait_for_workers(1, timeout=LONELY_S)
+    raise UserError(f"workers died {tries} times while they were sent what every block needs, as they do when they run "
+                    f"out of memory: {_memory(lower)}.")
 
 # %% ../nbs/06_cluster.ipynb #c1a00015
 def _on_workers(client, fn, blocks, shared, lower): # Yields results
     "Keep two blocks a thread on their way, and give the results back in order."
-    send = lambda: client.scatter([*shared], broadcast=True, hash=False) if shared else []
     submit = lambda block: client.submit(fn, block, *data, pure=False)
     ahead, blocks = 2 * max(1, sum(client.nthreads().values())), enumerate(blocks)
-    data, waiting, lost = send(), deque(), 0
+    data, waiting, lost = _send(client, shared, lower), deque(), 0
     while True:
         while len(waiting) < ahead and (more := next(blocks, None)) is not None:
             waiting.append((*more, submit(more[1])))
@@ -126,7 +137,7 @@ def _on_workers(client, fn, blocks, shared, lower): # Yields results
             lost += 1
             if lost > 3: raise UserError(f"workers were lost again and again, at last at block {n}: see in their logs "
                                          "why they end, then run again.") from None
-            data = send()
+            data = _send(client, shared, lower)
             waiting = deque((n, block, submit(block)) for n, block, _ in waiting)
             continue
         waiting.popleft()
