@@ -15,7 +15,7 @@ from sharp_distill.models.distillation import (
     NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets)
 from sharp_distill.models.published import PublishedTargetConfig, with_switches
 from sharp_distill.models.student import student_scorer, user_row
-from sharp_distill.models.teacher import TeacherConfig, teacher_scorer, train_teacher
+from sharp_distill.models.teacher import PartsConfig, TeacherConfig, teacher_scorer, train_teacher
 from sharp_distill.models.training import History
 from sharp_distill.text.reviews import encode_reviews
 
@@ -82,15 +82,16 @@ def test_shared_targets_and_a_shared_ridge_change_nothing(small, teacher):
     late = dataclasses.replace(ridge, train_s=1000.)
     again = train_teacher(*small, teacher.config, item_filter=late)
     assert same(again, teacher) and (again.item_filter != teacher.item_filter).nnz == 0
-    assert again.filter_weight == teacher.filter_weight and teacher.train_s < 1000
+    assert again.weights == teacher.weights and teacher.train_s < 1000
     assert again.train_s > 1000 + again.history.train_s                # and the choice of the weight
 
 
 def test_a_large_catalogue_takes_factors_and_drawn_negatives(small, teacher, monkeypatch):
+    import sharp_distill.models.teacher_products as products
     import sharp_distill.models.training as training
     whole = gather_targets(teacher, 8, TargetConfig(score_exponent=1.))
-    monkeypatch.setattr(teacher_module, "BLOCKS_UP_TO", 0)
-    monkeypatch.setattr(teacher_module, "ScoreBlocks", lambda *a: pytest.fail("users times items scores were made"))
+    monkeypatch.setattr(products, "BLOCKS_UP_TO", 0)
+    monkeypatch.setattr(products, "ScoreBlocks", lambda *a: pytest.fail("users times items scores were made"))
     large = gather_targets(teacher, 8, TargetConfig(score_exponent=1.5))
     product = lambda t: t.users @ t.items.T
     assert np.abs(product(large) - product(whole)).max() < .02 * np.abs(product(whole)).max()
@@ -100,7 +101,7 @@ def test_a_large_catalogue_takes_factors_and_drawn_negatives(small, teacher, mon
 
 
 def test_a_teacher_continues_from_its_checkpoint(small, tmp_path, monkeypatch):
-    cfg, path = TeacherConfig(emb_dim=8, item_filter="none", epochs=3, batch_size=256), tmp_path / "teacher.safetensors"
+    cfg, path = TeacherConfig(parts=PartsConfig(item_filter="none"), emb_dim=8, epochs=3, batch_size=256), tmp_path / "teacher.safetensors"
     whole, calls, loss = train_teacher(*small, cfg), [], teacher_module.teacher_loss
     def stops(*a):
         calls.append(1)

@@ -102,7 +102,7 @@ def training(dataset: str, device: str) -> list:
         return done[what]
     split = step("reading and splitting", lambda: make_split(load_interactions(dataset)))
     reviews = step("words", lambda: encode_reviews(split, "tfidf"))
-    given = teacher_sessions(split, cfg), cfg.session_weight
+    given = teacher_sessions(split, cfg), cfg.parts.session_weight
     ridge = step("item-item ridge", lambda: fit_item_filter(split, reviews, *given, device=device))
     teacher = step("networks and fusion", lambda: train_teacher(split, reviews, cfg, item_filter=ridge))
     targets = step("targets", lambda: gather_targets(teacher, StudentConfig().emb_dim))

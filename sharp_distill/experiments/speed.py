@@ -132,7 +132,7 @@ def solve_once(R): # csr [U, I]
         EDGE_POWER, N_NEIGHBOURS, ItemGram, nearest_items, solve_local, sparse_gram, text_likeness)
     no_text = text_likeness(np.zeros((R.shape[1], 1), np.float32))
     gram = ItemGram(sparse_gram(R, EDGE_POWER), no_text, R.nnz / R.shape[1])
-    return solve_local(gram, nearest_items(gram, N_NEIGHBOURS), [dict(ridge=300., text_weight=0.)])[0]
+    return solve_local(gram, nearest_items(gram, min(N_NEIGHBOURS, R.shape[1] - 1)), [dict(ridge=300., text_weight=0.)])[0]
 
 
 def random_ridge(n_items: int, gen): # csr [I, I]
@@ -164,12 +164,13 @@ def teacher_training(nodes: int, seed: int = 0, threads: int = 1, n_steps: int =
 def _gather_seconds(R, gen, emb_dim: int, n_users: int = 2048) -> tuple: # Targets of some users, seconds for all
     "Gather targets from a teacher of random numbers for some users, and scale the seconds up."
     from sharp_distill.models.distillation import gather_targets
-    from sharp_distill.models.teacher import BLOCKS_UP_TO, TeacherConfig, TeacherState
+    from sharp_distill.models.teacher import TeacherConfig, TeacherState
+    from sharp_distill.models.teacher_products import BLOCKS_UP_TO
     cfg, large = TeacherConfig(), R.shape[0] * R.shape[1] > BLOCKS_UP_TO          # factors: all users at once
     n = R.shape[0] if large else min(n_users, R.shape[0])
     users, items = (gen.normal(size=(rows, cfg.emb_dim)).astype(np.float32) for rows in (n, R.shape[1]))
     ridge = random_ridge(R.shape[1], gen)
-    targets = gather_targets(TeacherState(users, items, ridge, 1., R[:n], cfg, "", "random"), emb_dim)
+    targets = gather_targets(TeacherState(users, items, ridge, dict(networks=1., ridge=1.), R[:n], cfg, "", "random"), emb_dim)
     return targets, targets.gather_s * R.shape[0] / n
 
 
@@ -227,7 +228,7 @@ def teacher_operators(case: BenchmarkCase, split, cfg): # csr [U, I] -> the fact
     new = teacher_sessions(types.SimpleNamespace(train=longer), cfg)
     def operators(R):
         sessions = old if R.nnz == split.train.to_csr().nnz else new
-        items = add_hyperedges(build_hypergraphs(R)[1], sessions, cfg.session_weight).factor
+        items = add_hyperedges(build_hypergraphs(R)[1], sessions, cfg.parts.session_weight).factor
         return with_transpose(edge_weights(R)), with_transpose(items)
     return operators
 
@@ -235,13 +236,12 @@ def teacher_operators(case: BenchmarkCase, split, cfg): # csr [U, I] -> the fact
 def timed_teacher(case: BenchmarkCase, state, # A TeacherState of the default form
                   split) -> SpeedModel:
     "Build a trained teacher for a case: networks, item-item part and their sum."
-    from sharp_distill.models.teacher import standardise
     operators, n_layers = teacher_operators(case, split, state.config), state.config.n_layers
     inputs = teacher_inputs(operators(split.train.to_csr()), state.user_emb, state.item_emb, n_layers)
     def finish(scores):
-        if state.item_filter is None: return scores
-        ridge = np.asarray(state.item_filter[case.exclude].sum(0)).ravel()
-        return (standardise(scores[None]) + np.float32(state.filter_weight) * standardise(ridge[None]))[0]
+        if set(state.weights) == {"networks"}: return scores
+        parts = dict(networks=scores[None], ridge=np.asarray(state.item_filter[case.exclude].sum(0)))
+        return fused_scores({n: lambda _, s=s: s for n, s in parts.items()}, state.weights, None)[0]
     return hypergraph_model(case, "teacher", inputs, n_layers, operators=operators, finish=finish)
 
 # %% ../../nbs/59_experiments.speed.ipynb #5900001e

@@ -27,7 +27,8 @@ from .hypergraphs import SparseOp, student_edges
 from .training import (
     TrainConfig, draw_items, fit, l2_penalty, mask_train, ranking_loss, sample_candidates, valid_ndcg, within_steps)
 from .fusion import standardise
-from .teacher import TeacherState, score_operator, teacher_scores, user_blocks
+from .teacher import TeacherState, teacher_scores
+from .teacher_products import score_operator, user_blocks
 from .student import StudentState, compact_gcn, student_scores
 
 # %% ../../nbs/37_models.distillation.ipynb #66479758

@@ -370,22 +370,28 @@ def fit_item_filter(split, # Split
                     session_weight: float = 2., # Of a session's hyperedge beside a user's
                     edge_power: float = EDGE_POWER, # 0, without sessions, is EASE with text
                     grid: dict = FILTER_GRID, # Values of ridge, text_weight and n_neighbours to try
-                    device: str = "cpu") -> ItemFilter:
-    "Choose the local item-item ridge on validation."
+                    device: str = "cpu",
+                    chosen: dict | None = None) -> ItemFilter: # Options of an earlier choice; None: chosen here
+    "Choose the local item-item ridge on validation, or fit it with options that were chosen before."
     if grid is not FILTER_GRID: check_counts(grid["n_neighbours"], split.n_items) # the default is cut to the catalogue
     with Stopwatch() as w:
         R = split.train.to_csr()
         text = text_likeness(item_text(split, reviews.encoder, reviews), pick_device(device))
-        grams, found = {0.: ItemGram(sparse_gram(R, edge_power), text, R.nnz / R.shape[1])}, []
+        grams = {0.: ItemGram(sparse_gram(R, edge_power), text, R.nnz / R.shape[1])}
         if sessions is not None:
             edges = grams[0.].edges + np.float32(session_weight) * sparse_gram(sessions.T.tocsr(), edge_power)
             grams[session_weight] = replace(grams[0.], edges=sp.csr_matrix(edges))
         most = max(affordable_counts(R.shape[1], grid["n_neighbours"]))
-        neighbours = nearest_items(list(grams.values())[-1], min(most, max(grid["n_neighbours"]))) # the same for both
-        for weight, gram in grams.items():
-            options, valid = choose_local(split, gram, neighbours, grid)
-            found.append((valid, options | dict(edge_power=edge_power, session_weight=weight)))
-        valid, options = max(found, key=lambda f: f[0])
+        most = chosen["n_neighbours"] if chosen else min(most, max(grid["n_neighbours"]))
+        neighbours = nearest_items(list(grams.values())[-1], most)                                 # the same for both
+        def choose():
+            found = []
+            for weight, gram in grams.items():
+                options, valid = choose_local(split, gram, neighbours, grid)
+                found.append((valid, options | dict(edge_power=edge_power, session_weight=weight)))
+            return max(found, key=lambda f: f[0])
+        told = chosen and (float("nan"), chosen | dict(edge_power=edge_power, session_weight=max(grams)))
+        valid, options = told or choose()
         n = options["n_neighbours"]
         near = None if n == R.shape[1] - 1 else neighbours[:, :n]
         B = sp.csr_matrix(solve_local(grams[options["session_weight"]], near, [options])[0])

@@ -22,7 +22,7 @@ from ..core import Config, UserError, option, torch_rng
 from .hypergraphs import SparseOp, build_hypergraphs, position_features
 from .training import info_nce, l2_penalty, mask_train, ranking_loss, sample_candidates
 from .teacher import (
-    SIDES, TeacherConfig, TeacherModule, TeacherState, build_network, hgnn_scores, network_scores, teacher_loss)
+    SIDES, PartsConfig, TeacherConfig, TeacherModule, TeacherState, build_network, hgnn_scores, network_scores, teacher_loss)
 from .student import StudentState, row_scores
 from .distillation import (
     DistillationTargets, SoftLabels, StudentConfig, StudentModule, TargetConfig, annealed, build_student, distill_loss,
@@ -41,7 +41,7 @@ class PublishedTeacherConfig(TeacherConfig):
     @classmethod
     def paper_settings(cls):
         return cls(lr=1e-3, batch_size=256, epochs=200, loss="mse", n_negatives=32, layer="relu", head="mlp",
-                   intra_weight=.1, session_weight=0., item_filter="none")
+                   intra_weight=.1, parts=PartsConfig(session_weight=0., item_filter="none", sequence="none"))
 
 # %% ../../nbs/38_models.published.ipynb #7a9e01ed
 class ReLULayers(nn.Module):

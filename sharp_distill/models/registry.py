@@ -18,7 +18,7 @@ from ..plots.style import register_style
 from ..data.evaluation import Scorer
 from ..data.split import Split
 from ..text.reviews import ReviewEmbeddings, encode_reviews
-from .item_filter import MAX_ITEMS, fit_item_filter, item_text
+from .item_filter import MAX_ITEMS, item_text
 from .baselines import (
     BPRMFConfig, EASEConfig, GFCFConfig, IALSConfig, ItemKNNConfig, LightGCNConfig, PopularityConfig, RP3betaConfig,
     SLIMConfig, TextEASEConfig, LocalEASEConfig, LocalTextEASEConfig, fit_bprmf, fit_ease, fit_gfcf, fit_ials,
@@ -27,7 +27,7 @@ from .competitors import (
     AlphaRecConfig, HCCFConfig, HGAttConfig, LightHGNNConfig, SimRecConfig, fit_alpharec, fit_hccf, fit_hgatt,
     fit_lighthgnn, fit_simrec, fit_text_lightgcn)
 from .teacher import (
-    TeacherConfig, teacher_scorer, teacher_scores, teacher_sessions, train_teacher)
+    PartsConfig, TeacherConfig, fit_filter, teacher_scorer, teacher_scores, train_teacher)
 from .student import student_scorer
 from .fusion import standardise
 from .distillation import (
@@ -243,9 +243,12 @@ for m in (
 # %% ../../nbs/39_models.registry.ipynb #1ec3eb7a
 @dataclass(frozen=True)
 class ItemRidgeConfig(Config):
-    "Options of the item-item ridge as a method; ridge and text weight are chosen on validation."
-    session_weight: float = option(TeacherConfig.session_weight,
+    "Options of the item-item ridge as a method; what is left open is chosen on validation."
+    session_weight: float = option(PartsConfig.session_weight,
                                    "weight of a session's hyperedge; 0: no times are read", lo=0.)
+    ridge: float = option(0., "ridge of the closed form; 0: chosen", lo=0.)
+    text_weight: float = option(-1., "weight of the words in it; -1: chosen", lo=-1.)
+    n_neighbours: int = option(0, "neighbours of an item in it; 0: chosen", lo=0)
 
 
 @dataclass(frozen=True)
@@ -256,9 +259,9 @@ class ItemRidgeNoSessionsConfig(ItemRidgeConfig):
 
 def _fit_item_ridge(split, reviews, cfg, fits=None, watch=None):
     "Fit the item-item ridge over users, sessions and words."
-    sessions = teacher_sessions(split, TeacherConfig(session_weight=cfg.session_weight))
-    found = fit_item_filter(split, reviews, sessions=sessions, session_weight=cfg.session_weight)
-    return replace(item_scorer("item_ridge", split, found.B, found.train_s, found.options), state=found)
+    found = fit_filter(split, reviews, TeacherConfig(parts=PartsConfig(**cfg.to_dict())))
+    chosen = {n: v for n, v in found.options.items() if n in cfg.names()}
+    return replace(item_scorer("item_ridge", split, found.B, found.train_s, found.options), state=found, chosen=chosen)
 
 
 for m in (
@@ -289,8 +292,8 @@ for m in (
 # %% ../../nbs/39_models.registry.ipynb #6a44c26f
 def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
     "Train the teacher; its item-item ridge is shared."
-    if cfg.item_filter == "none": return teacher_scorer(train_teacher(split, reviews, cfg))
-    ridge = ItemRidgeConfig(session_weight=cfg.session_weight)
+    if cfg.parts.item_filter == "none": return teacher_scorer(train_teacher(split, reviews, cfg))
+    ridge = ItemRidgeConfig(**{n: getattr(cfg.parts, n) for n in ItemRidgeConfig.names()})
     found = fits.keep(("item_ridge", ridge.sha()), lambda: fit_method("item_ridge", split, reviews, ridge, fits))
     return teacher_scorer(train_teacher(split, reviews, cfg, item_filter=found.state))
 
