@@ -132,7 +132,8 @@ def solve_once(R): # csr [U, I]
         EDGE_POWER, N_NEIGHBOURS, ItemGram, nearest_items, solve_local, sparse_gram, text_likeness)
     no_text = text_likeness(np.zeros((R.shape[1], 1), np.float32))
     gram = ItemGram(sparse_gram(R, EDGE_POWER), no_text, R.nnz / R.shape[1])
-    return solve_local(gram, nearest_items(gram, min(N_NEIGHBOURS, R.shape[1] - 1)), [dict(ridge=300., text_weight=0.)])[0]
+    near = nearest_items(gram, min(N_NEIGHBOURS, R.shape[1] - 1))
+    return solve_local(gram, near, [dict(ridge=300., text_weight=0.)])[0]
 
 
 def random_ridge(n_items: int, gen): # csr [I, I]
@@ -170,7 +171,8 @@ def _gather_seconds(R, gen, emb_dim: int, n_users: int = 2048) -> tuple: # Targe
     n = R.shape[0] if large else min(n_users, R.shape[0])
     users, items = (gen.normal(size=(rows, cfg.emb_dim)).astype(np.float32) for rows in (n, R.shape[1]))
     ridge = random_ridge(R.shape[1], gen)
-    targets = gather_targets(TeacherState(users, items, ridge, dict(networks=1., ridge=1.), R[:n], cfg, "", "random"), emb_dim)
+    weights = dict(networks=1., ridge=1.)
+    targets = gather_targets(TeacherState(users, items, ridge, weights, R[:n], cfg, "", "random"), emb_dim)
     return targets, targets.gather_s * R.shape[0] / n
 
 
@@ -236,6 +238,7 @@ def teacher_operators(case: BenchmarkCase, split, cfg): # csr [U, I] -> the fact
 def timed_teacher(case: BenchmarkCase, state, # A TeacherState of the default form
                   split) -> SpeedModel:
     "Build a trained teacher for a case: networks, item-item part and their sum."
+    from sharp_distill.models.fusion import fused_scores
     operators, n_layers = teacher_operators(case, split, state.config), state.config.n_layers
     inputs = teacher_inputs(operators(split.train.to_csr()), state.user_emb, state.item_emb, n_layers)
     def finish(scores):

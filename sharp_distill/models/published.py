@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from ..core import Config, UserError, option, torch_rng
 from .hypergraphs import SparseOp, build_hypergraphs, position_features
 from .training import info_nce, l2_penalty, mask_train, ranking_loss, sample_candidates
-from .teacher import (
-    SIDES, PartsConfig, TeacherConfig, TeacherModule, TeacherState, build_network, hgnn_scores, network_scores, teacher_loss)
+from sharp_distill.models.teacher import (
+    SIDES, PartsConfig, TeacherConfig, TeacherModule, TeacherState, build_network, hgnn_scores, network_scores,
+    teacher_loss)
 from .student import StudentState, row_scores
 from .distillation import (
     DistillationTargets, SoftLabels, StudentConfig, StudentModule, TargetConfig, annealed, build_student, distill_loss,

@@ -309,7 +309,7 @@ class DistilledConfig(Config):
     student: StudentConfig = part(StudentConfig)
     targets: TargetConfig = part(TargetConfig)
 
-
+# %% ../../nbs/39_models.registry.ipynb #e3709b19
 def shared_targets(fits: Fits, cfg: DistilledConfig) -> tuple: # (TeacherState, DistillationTargets)
     "Return the teacher of a student's seed and the targets it gives, gathered once for all students that share them."
     # the weight acts in the loss only
