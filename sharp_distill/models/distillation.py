@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['N_TOP', 'ANNEAL_SHARE', 'SCALES', 'ITEM_RIDGE', 'StudentConfig', 'NoDistillationConfig', 'TargetConfig',
            'soft_label_loss', 'SoftLabels', 'gather_soft_labels', 'annealed', 'temperature_at', 'svd_targets',
-           'softmax_scale', 'DistillationTargets', 'gather_options', 'gather_targets', 'StudentModule', 'build_student',
-           'freeze_student', 'ridge_map', 'fit_messages', 'init_from_svd', 'soft_share', 'soft_loss', 'distill_loss',
-           'fidelity', 'check_inputs', 'prepare_targets', 'distill']
+           'softmax_scale', 'DistillationTargets', 'gather_options', 'student_trend', 'approximate', 'gather_targets',
+           'StudentModule', 'build_student', 'freeze_student', 'ridge_map', 'fit_messages', 'init_from_svd',
+           'soft_share', 'soft_loss', 'distill_loss', 'fidelity', 'check_inputs', 'prepare_targets',
+           'student_half_life', 'distill']
 
 # %% ../../nbs/37_models.distillation.ipynb #df050349
 from dataclasses import dataclass, replace
@@ -23,12 +24,13 @@ from torch import nn
 
 from ..core import Config, Stopwatch, UserError, option, pick_device, rng, torch_rng
 from ..data.evaluation import rank_topk, recommend_topk
+from ..data.time import decayed_matrix, query_time
 from .hypergraphs import SparseOp, student_edges
 from .training import (
     TrainConfig, draw_items, fit, l2_penalty, mask_train, ranking_loss, sample_candidates, valid_ndcg, within_steps)
 from .fusion import standardise
 from .teacher import TeacherState, teacher_scores
-from .teacher_products import score_operator, user_blocks
+from .teacher_products import score_operator, sharpened, user_blocks
 from .student import StudentState, compact_gcn, student_scores
 
 # %% ../../nbs/37_models.distillation.ipynb #66479758
@@ -45,6 +47,8 @@ class StudentConfig(TrainConfig):
     most_steps: int = option(800, "most optimiser steps: fewer epochs where they would be more; 0: no limit", lo=0)
     emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
     use_text: bool = option(True, "give the student the review vectors")
+    half_life: float = option(-1., "days in which a row of a history comes to count half; 0: never; -1: as the teacher",
+                              lo=-1.)
     select_by: str = option("fidelity", "what picks the epoch where there are soft labels: fidelity to the teacher, "
                             "or validation NDCG@10", choices=("fidelity", "validation"))
 
@@ -189,6 +193,23 @@ def gather_options(emb_dim: int, cfg: TargetConfig, seed: int) -> dict:
     "List what the targets depend on beside the teacher."
     return dict(emb_dim=emb_dim, score_exponent=cfg.score_exponent, temperature=cfg.temperature, seed=seed)
 
+# %% ../../nbs/37_models.distillation.ipynb #0cd3d600
+def student_trend(teacher: TeacherState) -> np.ndarray | None: # float32 [I], None where the teacher reads no trend
+    "Return the trend as a column of the student's item rows: mean 0, deviation 1."
+    return standardise(teacher.trend[None])[0] if teacher.weights.get("trend") else None
+
+
+def approximate(teacher: TeacherState, standard, # user_idx int64 [B] -> standardised scores [B, I]
+                emb_dim: int, cfg: TargetConfig, seed: int) -> tuple: # (users [U, d], items [I, d]) float32
+    "Return low-rank factors of a teacher's scores, the last column for its trend where it has one."
+    trend, (n_users, n_items) = student_trend(teacher), teacher.train.shape
+    if trend is None: return svd_targets(score_operator(teacher, cfg.score_exponent), emb_dim, seed=seed)
+    some = np.flatnonzero(np.diff(teacher.train.indptr))
+    some = some[np.linspace(0, len(some) - 1, min(500, len(some))).astype(np.int64)]
+    share = np.float32((sharpened(standard(some), cfg.score_exponent) @ trend).mean() / n_items)
+    Y, V = svd_targets(score_operator(teacher, cfg.score_exponent, share * trend), emb_dim - 1, seed=seed)
+    return np.column_stack([Y, np.full(n_users, share)]), np.column_stack([V, trend])
+
 # %% ../../nbs/37_models.distillation.ipynb #0cd3d60a
 def gather_targets(teacher: TeacherState,
                    emb_dim: int, # Width of the student
@@ -200,7 +221,7 @@ def gather_targets(teacher: TeacherState,
     standard = lambda u: standardise(teacher_scores(teacher, u))
     soft = soft or gather_soft_labels(standard, teacher.train)
     with Stopwatch() as t:
-        Y, V = svd_targets(score_operator(teacher, cfg.score_exponent), emb_dim, seed=seed)
+        Y, V = approximate(teacher, standard, emb_dim, cfg, seed)
         scale = softmax_scale(Y, V, standard, cfg.temperature) ** .5
     return DistillationTargets(Y * scale, V * scale, soft, gather_options(emb_dim, cfg, seed), teacher.split_sha,
                                soft.gather_s + t.s)
@@ -221,13 +242,28 @@ class StudentModule(nn.Module):
         table = lambda n, scale: nn.Parameter(torch.randn(n, d, generator=gen) * scale)
         self.message, self.row, d_t = table(n_items, .1), table(n_items, .1), self.x_item.shape[1]
         self.user_map, self.item_map, self.user_message = (table(n, .01) for n in (d_t + 1, d_t, d_t + 1))
+        self.trend = self.trend_weight = None
         self.to(device)
+
+    def read_time(self, recent: sp.csr_matrix | None, # [U, I] weights of rows by their age; None: ones
+                  trend: np.ndarray | None): # float32 [I]; None: no column for it
+        "Let edges follow the age of their rows, and keep the last column for the trend."
+        device = self.row.device
+        if recent is not None:
+            edges, loop_u, _ = student_edges(recent)
+            self.edges, self.loop_u = SparseOp.of(edges, device), torch.from_numpy(loop_u).to(device)[:, None]
+        if trend is None: return
+        self.trend = torch.as_tensor(trend, dtype=torch.float32, device=device)[:, None]
+        self.trend_weight = nn.Parameter(torch.ones(1, device=device))
 
     def forward(self):
         "Return the rows of users [U, d] and items [I, d], equation (14)."
         item_own = self.row / self.loop_i + self.x_item @ self.item_map
-        return compact_gcn(self.edges, self.loop_u, self.loop_i, self.x_user @ self.user_map, item_own,
-                           self.message, self.x_user @ self.user_message)
+        users, items = compact_gcn(self.edges, self.loop_u, self.loop_i, self.x_user @ self.user_map, item_own,
+                                   self.message, self.x_user @ self.user_message)
+        if self.trend is None: return users, items
+        same = self.trend_weight.expand(len(users), 1)
+        return torch.cat([users[:, :-1], same], 1), torch.cat([items[:, :-1], self.trend], 1)
 
     def logits(self, zu, zi): return zu @ zi.T # [B, d], [n, d] -> [B, n]
     def pair_logits(self, zu, zi): return (zi @ zu[..., None])[..., 0] # [B, d], [B, C, d] -> [B, C]
@@ -244,9 +280,13 @@ def build_student(cfg: StudentConfig, # Its type picks the form
 def freeze_student(model: StudentModule, train: sp.csr_matrix, split, reviews) -> StudentState:
     "Copy a student's present rows and maps into a state."
     with torch.no_grad(): parts = (*model(), model.message, model.user_map, model.item_map)
-    arrays = (t.detach().cpu().numpy().copy() for t in parts)
+    arrays = [t.detach().cpu().numpy().copy() for t in parts]
+    weight = 0. if model.trend is None else float(model.trend_weight)
+    if weight:
+        for a in arrays[2:4]: a[:, -1] = 0
     degree = np.asarray(train.sum(0)).ravel().astype(np.int64)
-    return StudentState(*arrays, degree, model.cfg, split.sha, reviews.encoder, head=model.head_arrays())
+    return StudentState(*arrays, degree, model.cfg, split.sha, reviews.encoder, trend_weight=weight,
+                        head=model.head_arrays())
 
 # %% ../../nbs/37_models.distillation.ipynb #26160613
 ITEM_RIDGE = .1 # of an item's row on its text
@@ -271,7 +311,8 @@ def fit_messages(edges: sp.csr_matrix, # [U, I] edge weights
     return q, ridge_map(own, Y - edges @ q, 1.)
 
 # %% ../../nbs/37_models.distillation.ipynb #e2dfe4b5
-def init_from_svd(model: StudentModule, train: sp.csr_matrix, targets: DistillationTargets, ridge: float):
+def init_from_svd(model: StudentModule, train: sp.csr_matrix, # [U, I], ones or the weights of rows by age
+                  targets: DistillationTargets, ridge: float):
     "Set a student's parameters so that its rows come nearest to the SVD rows."
     edges, loop_u, loop_i = student_edges(train)
     x_user, x_item = model.x_user.cpu().numpy(), model.x_item.cpu().numpy()
@@ -282,6 +323,7 @@ def init_from_svd(model: StudentModule, train: sp.csr_matrix, targets: Distillat
         for name, value in dict(message=message, user_map=user_map, item_map=item_map, row=row).items():
             getattr(model, name).copy_(torch.from_numpy(value))
         model.user_message.zero_()
+        if model.trend is not None: model.trend_weight.fill_(float(targets.users[0, -1]))
 
 # %% ../../nbs/37_models.distillation.ipynb #982a666b
 def soft_share(cfg: TargetConfig | None, targets) -> float: # beta, 0 to 1
@@ -351,6 +393,12 @@ def prepare_targets(cfg: TargetConfig, # Its type picks the form
     "Return what the loss reads beside the model."
     return targets
 
+# %% ../../nbs/37_models.distillation.ipynb #63f6dc00
+def student_half_life(cfg: StudentConfig, teacher: TeacherState | None) -> float: # Days; 0: no row ages
+    "Return the half-life of a student's edges: its own, or its teacher's."
+    if cfg.half_life >= 0: return cfg.half_life
+    return float(teacher.chosen.get("half_life", 0.)) if teacher else 0.
+
 # %% ../../nbs/37_models.distillation.ipynb #63f6dc65
 def distill(teacher: TeacherState | None, # None: hard labels only
             split, reviews, # Of the same split
@@ -369,8 +417,12 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     rows = (some, some) if teacher else (split.train.user_idx, split.train.item_idx)
     cfg = within_steps(cfg, len(rows[0]), cfg.most_steps)
     with Stopwatch() as setup:
-        model = build_student(cfg, train, reviews, device)
-        if teacher and target_cfg.init == "svd": init_from_svd(model, train, targets, target_cfg.init_ridge)
+        model, half_life = build_student(cfg, train, reviews, device), student_half_life(cfg, teacher)
+        recent = decayed_matrix(split.train, half_life) if half_life else None
+        trend = student_trend(teacher) if teacher else None
+        if recent is not None or trend is not None: model.read_time(recent, trend)
+        if teacher and target_cfg.init == "svd":
+            init_from_svd(model, train if recent is None else recent, targets, target_cfg.init_ridge)
         known = prepare_targets(target_cfg, targets, teacher, device) if teacher else None
     now = lambda: freeze_student(model, train, split, reviews)
     score = lambda: lambda u, s=now(): student_scores(s, s.user_emb[u])
@@ -384,4 +436,6 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     valid |= dict(student=ndcg(), best_epoch=history.best_epoch, **(dict(fidelity=asked()) if teacher else {}))
     train_s, state = (targets.gather_s if teacher else 0.) + setup.s + history.train_s, now()
     item_map = ridge_map(model.x_item.cpu().numpy(), state.item_emb, ITEM_RIDGE) # for items to come
-    return replace(state, item_map=item_map, target_config=target_cfg, valid=valid, train_s=train_s, history=history)
+    at = query_time(split.train) if half_life else 0
+    state = replace(state, item_map=item_map, half_life=half_life, at=at)
+    return replace(state, target_config=target_cfg, valid=valid, train_s=train_s, history=history)

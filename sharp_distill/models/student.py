@@ -36,6 +36,9 @@ class StudentState:
     split_sha: str
     encoder: str
     target_config: Config | None = None # What was taken from the teacher; None without distillation
+    half_life: float = 0. # Days in which a row of a user's history comes to count half; 0: never
+    trend_weight: float = 0. # What every user's row holds in its last place, the trend's; 0: no trend
+    at: int = 0 # Unix seconds: the moment of `user_emb`; 0: no time is read
     head: dict = field(default_factory=dict) # Weights of a head of `models.published`; empty: the dot product
     valid: dict = field(default_factory=dict) # Validation NDCG@10 before and after training, fidelity
     train_s: float = 0. # Seconds of everything from the targets to the last array
@@ -90,19 +93,25 @@ def user_row(state: StudentState,
              items, # Item numbers the user has chosen; repeated ones count once
              review_emb: np.ndarray | None = None, # [d_t] pooled review vector of what the user wrote; None: nothing
              is_new=True, # True: not yet counted in the degrees; False: trained; or a flag for each, sorted
+             weights=1., # Of the rows by their age, at most 1; or one for each, sorted by item
             ) -> np.ndarray: # float32 [d]
     "Compute a user's row from the user's items and text, equation (14)."
     items = _known_items(items, len(state.item_emb))
-    n, x_user = len(items), np.append(_review_vector(review_emb, len(state.user_map) - 1), np.float32(1))
-    weight = 1 / np.sqrt((n + 1) * (state.item_degree[items] + np.asarray(is_new, np.int64) + 1))
-    return (x_user @ state.user_map / (n + 1) + weight @ state.item_message[items]).astype(np.float32)
+    a, x_user = weights * np.ones(len(items)), np.append(_review_vector(review_emb, len(state.user_map) - 1), 1.)
+    n = a.sum()
+    a /= np.sqrt((n + 1) * (state.item_degree[items] + np.asarray(is_new, np.int64) + 1))
+    row = (x_user @ state.user_map / (n + 1) + a @ state.item_message[items]).astype(np.float32)
+    if state.trend_weight: row[-1] = state.trend_weight
+    return row
 
 # %% ../../nbs/36_models.student.ipynb #e4317127
 def new_item_row(state: StudentState,
                  review_emb: np.ndarray, # [d_t] pooled review vector of the item's text
                 ) -> np.ndarray: # float32 [d]
     "Compute the row of an item that nobody has chosen yet, from its text alone."
-    return _review_vector(review_emb, len(state.item_map)) @ state.item_map
+    row = _review_vector(review_emb, len(state.item_map)) @ state.item_map
+    if state.trend_weight: row[-1] = state.item_emb[:, -1].min() # nobody has bought it
+    return row
 
 # %% ../../nbs/36_models.student.ipynb #759cc475
 def student_scorer(state: StudentState, name: str = "student"): # A Scorer

@@ -6,7 +6,7 @@
 __all__ = ['BLOCKS_UP_TO', 'user_blocks', 'sharpened', 'ScoreBlocks', 'low_rank_parts', 'ScoreFactors', 'score_operator']
 
 # %% ../../nbs/35_models.teacher_products.ipynb #e99ad502
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.sparse as sp
@@ -33,10 +33,11 @@ class ScoreBlocks:
     score: object # user_idx int64 [B] -> float32 [B, I], the teacher
     shape: tuple # (U, I)
     exponent: float = 1.
+    less: np.ndarray | float = 0. # float32 [I], taken from every user's row at last
 
     def _rows(self):
         for u in user_blocks(*self.shape):
-            yield sharpened(standardise(np.asarray(self.score(u), np.float32)), self.exponent)
+            yield sharpened(standardise(np.asarray(self.score(u), np.float32)), self.exponent) - self.less
     def times(self, Q): return np.vstack([s @ Q for s in self._rows()]) # [I, q] -> S Q [U, q]
     def normal(self, Q): return sum(s.T @ (s @ Q) for s in self._rows()) # [I, q] -> Sᵀ S Q [I, q]
 
@@ -84,6 +85,11 @@ class ScoreFactors:
         total = np.maximum(np.sqrt(np.maximum(square + (b * spread)**2 + 2 * b * both, 0)), 1e-9)
         return cls(*single(X / total[:, None], Y), R, B, *single(b / total, b * first / total))
 
+    def without(self, row: np.ndarray): # float32 [I] -> ScoreFactors
+        "Take one row from every user's."
+        users = np.column_stack([self.users, -np.ones(len(self.users), np.float32)])
+        return replace(self, users=users, items=np.column_stack([self.items, row]))
+
     @property
     def shape(self) -> tuple: return self.histories.shape
 
@@ -100,8 +106,11 @@ class ScoreFactors:
 BLOCKS_UP_TO = 2**31 # users times items whose scores are made anew for each product; beyond: factors, not sharpened
 
 
-def score_operator(teacher: TeacherState, exponent: float): # ScoreBlocks or ScoreFactors
+def score_operator(teacher: TeacherState, exponent: float,
+                   less: np.ndarray | None = None): # float32 [I], taken from every row; -> ScoreBlocks or ScoreFactors
     "Return a teacher's scores for the SVD: sharpened blocks, or factors where there are too many scores."
     n_users, n_items = teacher.train.shape
-    if not teacher.head and (exponent == 1 or n_users * n_items > BLOCKS_UP_TO): return ScoreFactors.of(teacher)
-    return ScoreBlocks(lambda u: teacher_scores(teacher, u), (n_users, n_items), exponent)
+    if not teacher.head and (exponent == 1 or n_users * n_items > BLOCKS_UP_TO):
+        factors = ScoreFactors.of(teacher)
+        return factors if less is None else factors.without(less)
+    return ScoreBlocks(lambda u: teacher_scores(teacher, u), (n_users, n_items), exponent, 0. if less is None else less)
