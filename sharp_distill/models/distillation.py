@@ -281,7 +281,7 @@ def freeze_student(model: StudentModule, train: sp.csr_matrix, split, reviews) -
     "Copy a student's present rows and maps into a state."
     with torch.no_grad(): parts = (*model(), model.message, model.user_map, model.item_map)
     arrays = [t.detach().cpu().numpy().copy() for t in parts]
-    weight = 0. if model.trend is None else float(model.trend_weight)
+    weight = 0. if model.trend is None else float(model.trend_weight.detach())
     if weight:
         for a in arrays[2:4]: a[:, -1] = 0
     degree = np.asarray(train.sum(0)).ravel().astype(np.int64)
