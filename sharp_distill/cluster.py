@@ -89,7 +89,7 @@ def ranges(n: int, # Rows
     return [(start, min(start + size, n)) for start in range(0, n, size)]
 
 # %% ../nbs/06_cluster.ipynb #c1a00014
-LONELY_S = 60. # seconds without any worker after which a run is given up
+LONELY_S = 60. # seconds without any worker that takes blocks after which a run is given up
 def _memory(lower: str) -> str: return f"lower {lower}, or give workers more (`dask worker --memory-limit`)"
 
 
@@ -101,25 +101,27 @@ def _wait(client, future, n: int, lower: str):
         while True:
             with suppress(TimeoutError): return future.result(timeout=1.)
             if future.done(): return future.result() # also where the function itself raised a TimeoutError
-            if client.nthreads(): seen = monotonic()
+            workers = client.scheduler_info(n_workers=-1)["workers"].values()
+            if any(w["status"] == "running" for w in workers): seen = monotonic()
             elif monotonic() - seen > LONELY_S:
-                raise UserError(f"the cluster has had no worker for {LONELY_S:.0f} s while block {n} was due: "
-                                "start workers, then run again.")
+                fault = (f"all {len(workers)} workers have paused for want of memory", _memory(lower)) if workers else \
+                        ("the cluster has had no worker", "start workers, then run again")
+                raise UserError(f"{fault[0]} for {LONELY_S:.0f} s while block {n} was due: {fault[1]}.")
     except KilledWorker as e:
         raise UserError(f"workers died on block {n} {e.allowed_failures + 1} times, as they do when they run out of "
                         f"memory: {_memory(lower)}.") from None
     except MemoryError: raise UserError(f"a worker had no memory left for block {n}: {_memory(lower)}.") from None
 
 
-def _send(client, shared, lower: str, tries: int = 3) -> list: # Futures
+def _send(client, shared, lower: str, tries: int = 2) -> list: # Futures
     "Send what all blocks need to every worker; one that dies meanwhile is waited for, so often."
     if not shared: return []
     for _ in range(tries):
         try: return client.scatter([*shared], broadcast=True, hash=False)
         except (OSError, TimeoutError): # dask's CommClosedError is an OSError
             with suppress(OSError, TimeoutError): client.wait_for_workers(1, timeout=LONELY_S)
-    raise UserError(f"workers died {tries} times while they were sent what every block needs, as they do when they run "
-                    f"out of memory: {_memory(lower)}.")
+    raise UserError("workers died while they were sent what every block needs, as they do when they run out of memory: "
+                    f"{_memory(lower)}.")
 
 # %% ../nbs/06_cluster.ipynb #c1a00015
 def _on_workers(client, fn, blocks, shared, lower): # Yields results
