@@ -1,5 +1,6 @@
 """Baselines against independent implementations, closed forms, and what a model may read."""
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -169,32 +170,55 @@ def test_words_are_counted_once(split, monkeypatch):
     assert (f.item_text(other, "tfidf", reviews) != item_tfidf(other)).nnz == 0 # those of another split are not taken
 
 
-DENSE = """import json, sys
-import numpy as np, scipy.sparse as sp, scipy.linalg.lapack
+DENSE = """import numpy as np, scipy.sparse as sp
 from sharp_distill.models import item_filter as f
 from sharp_distill.models.hypergraphs import random_interactions
 from sharp_distill.experiments.latency import own_peak_mib
-n, text = 3000, sys.argv[1] == "text"
+def held(): return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+def fit(R, words=None):
+    kernel = None if words is None else f.text_gram(words) # as `fit_text_ease` holds both
+    return f.solve_ridge(f.item_gram(R) if words is None else f.add_gram(f.item_gram(R), kernel, 1.), 100., overwrite=True)
+n = 3000
 R, words = random_interactions(200, n, 20_000), sp.random(n, 400, .02, "csr", np.float32)
-f.solve_ridge(f.add_gram(f.item_gram(R[:, :300]), f.text_gram(words[:300]), 1.), 100., overwrite=True) # libraries are loaded
-before = own_peak_mib()
-if text:
-    kernel = f.text_gram(words)
-    gram = f.add_gram(f.item_gram(R), kernel, 1.)
-else: gram = f.item_gram(R)
-B = f.solve_ridge(gram, 100., overwrite=True)
-print(own_peak_mib() - before)"""
+fit(R[:, :300], words[:300]) # libraries are loaded
+for given in ((R,), (R, words)):
+    before = held()
+    fit(*given)
+    print(own_peak_mib() - before)"""
 
 
-@pytest.mark.parametrize("form", ["ids", "text"])
-def test_the_memory_that_is_refused_is_the_memory_that_is_taken(form):
-    "The gigabytes of the error line, scaled to 3,000 items, against the peak of a process that fits the dense form."
-    import subprocess
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_the_memory_that_is_refused_is_the_memory_that_is_taken():
+    "The gigabytes of the error lines, scaled to 3,000 items, against the peak of a process that fits the dense form."
     huge = sp.csr_matrix((3, 65_443), dtype=np.float32)
-    said = refused(f.item_gram, huge) if form == "ids" else refused(f.text_gram, huge.T.tocsr())
-    stated_mib = float(re.search(r"would take ([\d.]+) GiB", said).group(1)) * 1024 * (3000 / 65_443) ** 2
-    done = subprocess.run([sys.executable, "-c", DENSE, form], capture_output=True, text=True, check=True)
-    assert abs(float(done.stdout) / stated_mib - 1) < .25, (float(done.stdout), stated_mib)
+    lines = refused(f.item_gram, huge), refused(f.text_gram, huge.T.tocsr())
+    stated = np.array([float(re.search(r"would take ([\d.]+) GiB", said).group(1)) for said in lines]) * 1024 * (3000 / 65_443) ** 2
+    done = subprocess.run([sys.executable, "-c", DENSE], capture_output=True, text=True, check=True)
+    taken = np.array(done.stdout.split(), float)
+    assert stated[1] > 1.9 * stated[0] and (np.abs(taken / stated - 1) < .25).all(), (taken, stated)
+
+
+def test_growth_is_fitted_and_drawn_for_each_form():
+    from sharp_distill.experiments.sizes import KEY, growth_table, ridge_growth, wanted_rows
+    from sharp_distill.plots.results import plot_growth
+    rows = [dict(form=form, n_neighbours=n, device="cpu", n_items=size, seconds=1e-9 * size**power, peak_mib=float(size), ndcg=.1)
+            for form, n, power in (("local", 100, 1), ("local", 200, 1), ("dense", 0, 3)) for size in (4362, 8724, 19_629)]
+    assert np.allclose(ridge_growth(rows)["seconds_exponent"], [1, 1, 3])
+    axes = plot_growth(growth_table(rows), dict(seconds="fit, s", peak_mib="MiB", ndcg="NDCG@10"), xlabel="items", log=("seconds", "peak_mib"))
+    assert [len(ax.lines) >= 2 for ax in axes] == [True] * 3 and "items" in axes[0].get_xlabel()
+    wanted = wanted_rows((2, 30), (100, 200), "cuda", 2181, 20_000)
+    assert [tuple(r[k] for k in KEY[1:]) for r in wanted if r["shops"] == 2] == [("local", 100, "cuda"), ("local", 200, "cuda"), ("dense", 0, "cpu")]
+    assert {r["form"] for r in wanted if r["shops"] == 30} == {"local"} # beyond the dense form's limit
+
+
+@pytest.mark.slow # five processes, each with torch
+def test_sizes_are_measured_apart_and_go_on(tmp_path):
+    from sharp_distill.experiments.sizes import measure_ridge_sizes
+    few = dict(shops=(1, 2), neighbours=(50,), n_users=150, n_books=120)
+    rows = measure_ridge_sizes(tmp_path / "rows.json", **few)
+    assert [r["form"] for r in rows] == ["local", "dense"] * 2 and all(r["seconds"] > 0 and 0 <= r["peak_mib"] < 100 and r["ndcg"] > .03 for r in rows)
+    before = (tmp_path / "rows.json").read_bytes()
+    assert measure_ridge_sizes(tmp_path / "rows.json", **few) == rows and (tmp_path / "rows.json").read_bytes() == before
 
 
 # --- models trained on pairs
