@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
@@ -12,10 +13,11 @@ from conftest import refused
 
 from sharp_distill.core import UserError
 from sharp_distill.data.evaluation import evaluate
-from sharp_distill.data.interactions import make_sample
-from sharp_distill.data.split import make_split
+from sharp_distill.data.interactions import from_frame, make_sample
+from sharp_distill.data.split import Split, make_split
 from sharp_distill.models import baselines as b
 from sharp_distill.models import item_filter as f
+from sharp_distill.models import timed as t
 from sharp_distill.models.hypergraphs import random_interactions
 from sharp_distill.text import words as words_module
 from sharp_distill.text.encoders import ReviewConfig
@@ -288,3 +290,108 @@ def test_trained_models_beat_popularity(fit):
     larger = make_split(make_sample(seed=2, n_users=500), seed=0)
     trained, popular = (evaluate(f(larger), larger).mean("NDCG@10") for f in (fit, b.fit_popularity))
     assert trained > 1.3 * popular
+
+
+# --- baselines that read time
+
+OFF = dict(half_life=0., trend_weight=0.)
+
+
+@pytest.fixture(scope="module")
+def by_time(): return make_split(make_sample(seed=3, n_users=200, n_items=120), "temporal")
+
+
+def refit_split(split):
+    "Train and validation as train, nothing to choose on."
+    both = make_split(make_sample(seed=3, n_users=200, n_items=120), "temporal", fractions=(.8, 0., .2)).train
+    return replace(split, train=both, valid=both.take(np.zeros(len(both), bool)))
+
+
+def test_without_decay_each_timed_baseline_is_the_one_it_extends(by_time):
+    words, users = item_tfidf(by_time), np.arange(by_time.n_users)
+    close = lambda x, y: np.allclose(x(users), y(users), atol=1e-4)
+    ease = b.fit_text_ease(by_time, words, b.TextEASEConfig(50., 2.))
+    plain = t.TimedEASEConfig(**OFF, reg=50., text_weight=2., edge_power=0.)
+    assert close(t.fit_decayed_popularity(by_time, t.DecayedPopularityConfig(0.)), b.fit_popularity(by_time))
+    assert close(t.fit_timed_ease(by_time, words, plain), ease)
+    assert close(t.fit_timed_ease(by_time, None, plain), b.fit_ease(by_time, b.EASEConfig(50.)))
+    whole = t.SLISTConfig(**OFF, reg=50., text_weight=2., edge_power=0., query_half_life=0., alpha=1.)
+    assert close(t.fit_slist(by_time, words, whole), ease)
+    for changed in (dict(half_life=30.), dict(trend_weight=.5, trend_half_life=30.), dict(edge_power=.5)):
+        assert not close(t.fit_timed_ease(by_time, words, plain.replace(**changed)), ease), changed
+    assert not close(t.fit_slist(by_time, words, whole.replace(alpha=.9)), ease)
+
+
+def test_beyond_the_dense_limit_timed_ease_is_local_and_slist_refuses(by_time, monkeypatch):
+    words, users = item_tfidf(by_time), np.arange(by_time.n_users)
+    cfg = t.TimedEASEConfig(half_life=200., trend_half_life=60., trend_weight=.3)
+    dense, every = t.fit_timed_ease(by_time, words, cfg), by_time.n_items - 1
+    monkeypatch.setattr(t, "MAX_ITEMS", 10)
+    local = t.fit_timed_ease(by_time, words, cfg)
+    assert local.n_params == every * by_time.n_items + by_time.n_items # N_NEIGHBOURS is more than all others
+    assert np.allclose(dense(users), local(users), atol=1e-3)
+    assert t.fit_timed_ease(by_time, words, cfg.replace(n_neighbours=9)).n_params == 10 * by_time.n_items
+    assert "at most 10 items" in refused(t.fit_slist, by_time, words)
+
+
+def test_transition_grams_are_those_of_all_pasts_and_futures(by_time):
+    "Each prefix of each history written out, users weighted by their size."
+    data, h, p = by_time.train, 1.5, .5
+    rho, order = 2 ** (-1 / h), np.lexsort((data.item_idx, data.timestamp, data.user_idx))
+    past, after = np.zeros((2, data.n_items, data.n_items))
+    size = np.maximum(np.bincount(data.user_idx, minlength=data.n_users), 1)
+    for u in range(data.n_users):
+        items = data.item_idx[order[data.user_idx[order] == u]]
+        n, steps = len(items), np.arange(len(items))
+        for c in range(1, n):
+            s, y = np.zeros((2, data.n_items))
+            s[items[:c]], y[items[c:]] = rho ** steps[:c][::-1], rho ** steps[:n - c]
+            w = (size[u] / size.mean()) ** -p
+            past += w * np.outer(s, s); after += w * np.outer(s, y)
+    found = t.transition_grams(data, h, p)
+    assert np.allclose(found[0], past, atol=5e-3 * past.max()) and np.allclose(found[1], after, atol=5e-3 * after.max())
+    assert past.max() > 1 and abs(after - after.T).max() > 1 # a matrix that knows a direction
+
+
+def test_what_validation_chose_fits_the_same_on_more_rows(by_time):
+    words = item_tfidf(by_time)
+    for fit, cfg in ((t.fit_timed_ease, t.TimedEASEConfig()), (t.fit_slist, t.SLISTConfig(trend_weight=.4))):
+        first, whole = fit(by_time, words, cfg), refit_split(by_time)
+        assert set(first.chosen) == {o for o, v in cfg.flat().items() if v == -1}
+        told = cfg.replace(**first.chosen)
+        assert np.array_equal(fit(by_time, words, told)(USERS), first(USERS)) # nothing else was chosen
+        again = fit(whole, words, told)
+        assert again.chosen == {} and again.config == first.config and not np.allclose(again(USERS), first(USERS))
+        assert "nobody has validation rows" in refused(fit, whole, words, cfg)
+        assert type(cfg).from_dict(first.config) == told
+
+
+def test_a_stale_history_keeps_its_voice_beside_the_trend():
+    "A user who comes back after eight years is asked about what they had, not about the trend alone."
+    rows = [("old", "a", 0), ("new", "a", 0), ("new", "b", 9), ("two", "a", 0), ("two", "b", 9), ("now", "c", 3000)]
+    data = from_frame(pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]).assign(
+        timestamp=lambda f: f.timestamp * 86_400))
+    none = data.take(np.zeros(len(data), bool))
+    cfg = t.TimedEASEConfig(half_life=7., trend_half_life=7., trend_weight=.5, reg=1.)
+    scores = t.fit_timed_ease(Split(data, none, none, "made", 0), None, cfg)(np.flatnonzero(data.user_ids == "old"))[0]
+    assert scores[1] > scores[2], "b goes with a; c is only in fashion"
+
+
+def test_order_alone_tells_what_comes_next():
+    rows = [(f"u{v}{k}", f"v{v + j}", 10 * k + j) for v in range(6) for k in range(3) for j in range(2)]
+    data = from_frame(pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"]))
+    none, asked = data.take(np.zeros(len(data), bool)), np.flatnonzero(data.user_ids == "u20") # has read v2 and v3
+    fixed = dict(**OFF, edge_power=0., query_half_life=0., reg=1., step_half_life=1.)
+    ease, slit = (t.fit_slist(Split(data, none, none, "made", 0), None, t.SLISTConfig(alpha=a, **fixed))(asked)[0]
+                  for a in (1., 0.))
+    assert abs(ease[1] - ease[4]) < .02 < .1 < slit[4] - slit[1]
+
+
+def test_timed_baselines_refuse_data_without_times(by_time):
+    untimed = from_frame(by_time.train.to_frame()[["user_id", "item_id"]])
+    none = untimed.take(np.zeros(len(untimed), bool))
+    split = Split(untimed, none, none, "made", 0)
+    assert "half_life=180 needs times" in refused(t.fit_decayed_popularity, split)
+    assert "half_life=30 needs times" in refused(t.fit_timed_ease, split, None, t.TimedEASEConfig(30., 0., 0.))
+    assert "order of events needs times" in refused(t.fit_slist, split, None, t.SLISTConfig(**OFF))
+    assert t.fit_timed_ease(split, None, t.TimedEASEConfig(**OFF))(USERS[:2]).shape == (2, split.n_items)
