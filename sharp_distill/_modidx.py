@@ -1768,6 +1768,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'sharp_distill/models/registry.py'),
                                                'sharp_distill.models.registry._texted': ( 'models.registry.html#_texted',
                                                                                           'sharp_distill/models/registry.py'),
+                                               'sharp_distill.models.registry._timed_with_text': ( 'models.registry.html#_timed_with_text',
+                                                                                                   'sharp_distill/models/registry.py'),
                                                'sharp_distill.models.registry._watched': ( 'models.registry.html#_watched',
                                                                                            'sharp_distill/models/registry.py'),
                                                'sharp_distill.models.registry._with_text': ( 'models.registry.html#_with_text',
