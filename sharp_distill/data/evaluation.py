@@ -199,7 +199,7 @@ def evaluate(score, # A `Scorer`, or any callable user_idx int64[B] -> float32[B
              batch_size: int = 1024, # Users at a time
             ) -> EvalResult:
     "Rank the whole catalogue for every user with held-out items and measure each user."
-    exclude, truth = _excluded(split, part), getattr(split, part).to_csr()
+    exclude, truth = _excluded(split, part), split.held_out(part).to_csr()
     n_relevant = np.diff(truth.indptr)
     users = np.flatnonzero(n_relevant).astype(np.int64)
     if not len(users): raise UserError(f"the {part} part is empty: expected at least one interaction to rank for.")
@@ -338,7 +338,7 @@ def restrict(result, # EvalResult
              items, # bool[I], the held-out items that still count
             ) -> EvalResult: # Users with at least one such item
     "Measure the same lists again with only some items counted as relevant."
-    truth = getattr(split, result.part).to_csr() @ sp.diags(np.asarray(items, np.float32))
+    truth = split.held_out(result.part).to_csr() @ sp.diags(np.asarray(items, np.float32))
     truth.eliminate_zeros()
     n_relevant = np.diff(truth.indptr)[result.user_idx]
     rows, ks = n_relevant > 0, sorted({int(m.split("@")[1]) for m in result.metrics})

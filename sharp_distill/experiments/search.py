@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['Budget', 'suggest', 'first_setting', 'study_path', 'study_lock', 'open_study', 'ended_trials', 'spent_s',
-           'wants_more', 'with_popularity_fallback', 'tune', 'chosen', 'search_row']
+           'wants_more', 'tune', 'chosen', 'search_row']
 
 # %% ../../nbs/55_experiments.search.ipynb #604c8f9a
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
 from ..core import Config, UserError, cache_dir, content_sha, option
-from ..data.evaluation import Scorer, evaluate
-from ..data.split import Split
+from ..data.evaluation import evaluate
+from ..data.protocol import with_popularity_fallback
 from ..models.registry import Fits, Method, fit_method, method
 
 # %% ../../nbs/55_experiments.search.ipynb #1359621a
@@ -104,19 +104,6 @@ def wants_more(study, m: Method, budget: Budget) -> bool:
     "Tell whether another trial may begin."
     n = len(ended_trials(study))
     return n < (budget.n_trials if m.space else 1) and (n == 0 or spent_s(study) < budget.tune_s)
-
-# %% ../../nbs/55_experiments.search.ipynb #d34bed7c
-def with_popularity_fallback(scorer: Scorer, split: Split) -> Scorer: # The same scorer where everybody has a train row
-    "Let users without a train row see popular items, whichever the model."
-    train = split.train.to_csr()
-    new = np.diff(train.indptr) == 0
-    if not new.any(): return scorer
-    popular = np.asarray(train.sum(0), np.float32).ravel()
-    def score(user_idx):
-        rows = np.array(scorer(user_idx), np.float32)
-        rows[new[user_idx]] = popular
-        return rows
-    return replace(scorer, score=score, user_emb=None, item_emb=None)
 
 # %% ../../nbs/55_experiments.search.ipynb #198e696f
 def _objective(name: str, fits: Fits, seed: int): # trial -> validation NDCG@10

@@ -349,6 +349,7 @@ def fit_ranking_model(name: str, split,
     "Train a model on `split.train`, stop on validation NDCG@10, and freeze its embeddings."
     train, seen = split.train.to_csr(), []
     def validate():
+        if not len(split.valid): return float("nan") # a fit on all that is known runs to its end
         p, q = final_embeddings(model)
         seen.append(evaluate(lambda u: p[u] @ q.T, split, "valid", ks=(10,)).mean("NDCG@10"))
         if watch: watch(len(seen) - 1, seen[-1])
@@ -356,7 +357,8 @@ def fit_ranking_model(name: str, split,
     history = fit(model, (split.train.user_idx, split.train.item_idx),
                   lambda u, i, epoch, gen: loss_fn(model, train, u, i, gen), validate, model.cfg, checkpoint, name)
     n_params = sum(p.numel() for p in model.parameters())
-    return embedding_scorer(name, *final_embeddings(model), history.train_s, n_params, model.cfg.to_dict(), history)
+    found = embedding_scorer(name, *final_embeddings(model), history.train_s, n_params, model.cfg.to_dict(), history)
+    return replace(found, chosen=dict(epochs=history.best_epoch + 1))
 
 # %% ../../nbs/33_models.baselines.ipynb #a6b54f37
 def fit_lightgcn(split, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None, watch=None) -> Scorer:
