@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HALF_LIVES', 'check_times', 'refit_split', 'cold_half_life', 'with_popularity_fallback', 'with_history', 'Window',
-           'read_window', 'over_cuts']
+           'read_window', 'over_cuts', 'SplitConfig']
 
 # %% ../../nbs/16_data.protocol.ipynb #16bb0003
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from functools import cached_property
 
 import numpy as np
 
-from ..core import UserError, content_sha, progress
+from ..core import Config, UserError, content_sha, option, progress
 from .evaluation import EvalResult, Scorer, evaluate, hit_matrix, metrics_at, rank_topk
 from .interactions import ROW_COLUMNS, add_step
-from .split import PARTS, Split
+from .split import PARTS, PROTOCOLS, TARGETS, Split, make_split
 from .time import decayed_popularity, refuse_future
 
 # %% ../../nbs/16_data.protocol.ipynb #16bb0008
@@ -131,3 +131,17 @@ def over_cuts(results: list, # `EvalResult`s of one model, one a window
             total[m][np.searchsorted(users, r.user_idx)] += weight * r.values(m)
     return EvalResult(users, np.empty((len(users), 0), np.int64), total, some[0].part,
                       content_sha([r.split_sha for r in results]), some[0].name)
+
+# %% ../../nbs/16_data.protocol.ipynb #16bb00b2
+@dataclass(frozen=True)
+class SplitConfig(Config):
+    "How the rows are divided into train, validation and test."
+    split: str = option("random", "protocol of the split; auto: temporal where every row has a time",
+                        choices=(*PROTOCOLS, "auto"))
+    cuts: int = option(1, "test windows of a temporal split, one after the other", lo=1, hi=50)
+    eval_targets: str = option("all", "held-out rows of a user that count under a temporal split", choices=TARGETS)
+
+    def make(self, data, seed: int, cut: int | None = None) -> Split: # None: the last cut
+        "Split the data."
+        return make_split(data, self.split, seed, cuts=self.cuts, cut=self.cuts - 1 if cut is None else cut,
+                          targets=self.eval_targets)

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..core import UserError, machine, peak_mib, read_json, versions, write_json
 from ..data.evaluation import Scorer, EvalResult
+from ..data.protocol import over_cuts
 from ..data.split import same_day_share
 
 # %% ../../nbs/51_experiments.record.ipynb #004a6553
@@ -23,10 +24,18 @@ FORMAT = 3 # of records; older ones are read as missing and made again
 
 def model_record(scorer: Scorer, result: EvalResult, # Of the same model, on test
                  latency_ms: dict, # p50 and p95
+                 warm: list = (), # `EvalResult`s of the users with history, one a test window
+                 each: list = (), # `EvalResult`s of all users, one a test window
                 ) -> dict:
     "Return what a record says about one model."
-    return dict(metrics=result.summary(), n_params=scorer.n_params, bytes=scorer.n_bytes, train_s=scorer.train_s,
-                latency_ms={k: float(v) for k, v in latency_ms.items()}, options=scorer.config or {})
+    out = dict(metrics=result.summary())
+    if warm: out["metrics_warm"] = over_cuts(warm).summary() if any(len(r.user_idx) for r in warm) else {}
+    if len(each) > 1: out["windows"] = [dict(metrics=_means(r), metrics_warm=_means(w)) for r, w in zip(each, warm)]
+    return out | dict(n_params=scorer.n_params, bytes=scorer.n_bytes, train_s=scorer.train_s,
+                      latency_ms={k: float(v) for k, v in latency_ms.items()}, options=scorer.config or {})
+
+
+def _means(result) -> dict: return {m: result.mean(m) for m in result.metrics} if len(result.user_idx) else {}
 
 # %% ../../nbs/51_experiments.record.ipynb #094b905c
 def make_record(kind: str, # "run" or "job"
@@ -34,16 +43,19 @@ def make_record(kind: str, # "run" or "job"
                 data, split, # Interactions, and their Split
                 scorers: dict, results: dict, # Name -> Scorer, EvalResult on test
                 latency: pd.DataFrame, # model, latency_ms, p95_ms
+                windows=(), # `Window`s of a temporal split, one a cut
                 **facts) -> dict: # What this kind holds besides
     "Collect everything about some fitted models, ready for JSON."
     ms = latency.set_index("model")
     time_of = lambda n: dict(p50=ms.loc[n, "latency_ms"], p95=ms.loc[n, "p95_ms"])
+    of = lambda n: dict(warm=[w.warm[n] for w in windows], each=[w.results[n] for w in windows])
+    in_time = dict(cuts=split.cuts, targets=split.targets, windows=[w.facts() for w in windows]) if windows else {}
     return dict(format=FORMAT, kind=kind, dataset=name, data_sha=data.sha,
                 size=dict(users=data.n_users, items=data.n_items, rows=len(data)), provenance=[vars(s)
                     for s in data.provenance],
                 split=dict(protocol=split.protocol, sha=split.sha, seed=split.seed,
-                           same_day=same_day_share(split.test, split.train)),
-                models={n: model_record(s, results[n], time_of(n)) for n, s in scorers.items()}, **facts,
+                           same_day=same_day_share(split.test, split.train), **in_time),
+                models={n: model_record(s, results[n], time_of(n), **of(n)) for n, s in scorers.items()}, **facts,
                 versions=versions(), device=machine(), peak_mib=peak_mib())
 
 # %% ../../nbs/51_experiments.record.ipynb #3e492a24
@@ -55,7 +67,7 @@ KINDS = {"run": ({"retention", "comparisons"}, {"popularity", "student"}), "job"
 
 
 def _check_model(path, name, m):
-    for metric, v in m["metrics"].items():
+    for metric, v in [*m["metrics"].items(), *m.get("metrics_warm", {}).items()]:
         low, high = v["ci95"]
         if not 0 <= low <= v["mean"] <= high <= 1:
             raise UserError(f"{path}: {metric} of {name} is {v['mean']} in [{low}, {high}]: expected numbers in order "
@@ -74,7 +86,10 @@ def check_record(path) -> dict: # A run.json; returns its content
     if missing := sorted((ALWAYS | keys) - set(record)):
         raise UserError(f"{path} lacks {missing[0]!r}: it may be cut; run again.")
     if missing := sorted(models - set(record["models"])): raise UserError(f"{path} lacks the model {missing[0]!r}.")
-    for name, m in record["models"].items(): _check_model(path, name, m)
+    for name, m in record["models"].items():
+        if record["kind"] == "run" and record["split"]["protocol"] == "temporal" and "metrics_warm" not in m:
+            raise UserError(f"{path} lacks the metrics of the users with history for {name}: run again.")
+        _check_model(path, name, m)
     return record
 
 # %% ../../nbs/51_experiments.record.ipynb #03151a06

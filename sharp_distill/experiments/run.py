@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_OPTIONS', 'SWEEP', 'DataConfig', 'PublishedSwitches', 'RunConfig', 'run_config', 'remember_file',
            'remembered_file', 'Prepared', 'prepare', 'teacher_config', 'student_config', 'run_fits', 'fit_on_grid',
-           'Fitted', 'fit_models', 'quality_frame', 'latency_frame', 'retention_frame', 'sensitivity_frame', 'run_id',
-           'run_record', 'RunFolder']
+           'Fitted', 'fit_models', 'quality_frame', 'windows_frame', 'latency_frame', 'retention_frame',
+           'sensitivity_frame', 'run_id', 'run_record', 'RunFolder']
 
 # %% ../../nbs/52_experiments.run.ipynb #47a33b46
 import contextlib
@@ -28,8 +28,9 @@ from ..data.columns import ENCODING_HELP
 from ..data.evaluation import Scorer, bootstrap_means, compare, evaluate
 from ..data.interactions import Interactions, load_interactions
 from ..data.large import LargeConfig, load_partitioned, partition_interactions
+from ..data.protocol import SplitConfig, over_cuts, read_window
 from ..data.sources import bare_name
-from ..data.split import PROTOCOLS, Split, make_split
+from ..data.split import Split
 from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, ReviewEmbeddings, encode_reviews
 from ..models.teacher import TeacherConfig
@@ -37,9 +38,10 @@ from ..models.student import StudentState
 from ..models.distillation import StudentConfig, TargetConfig, distill
 from ..models.published import with_switches
 from ..models.registry import (
-    DistilledConfig, Fits, fit_method, method, methods, methods_for, shared_targets)
+    DistilledConfig, Fits, fit_method, method, methods, methods_for, refit, shared_targets)
 from ..serve.recommender import build_recommender
 from .latency import time_queries
+from .ledger import note_reading
 from .record import make_record
 
 # %% ../../nbs/52_experiments.run.ipynb #ac5a11a0
@@ -98,7 +100,6 @@ class PublishedSwitches(Config):
 class RunConfig(Config):
     "Everything that can be set in `run.ipynb`."
     encoder: str = option("tfidf", "review encoder: tfidf, shipped, shuffled, none, a folder, a hub name")
-    split: str = option("random", "protocol of the split", choices=tuple(PROTOCOLS))
     seed: int = option(0, "seed of split, weights and batches", lo=0)
     k: int = option(10, "cut-off of tables and figures", lo=1, hi=100)
     models: str = option("popularity,ease,ease+tfidf,lightgcn,student_no_kd,teacher,student",
@@ -110,11 +111,15 @@ class RunConfig(Config):
     device: str = option("auto", "auto, cpu, cuda, mps")
     place: PlaceConfig = part(PlaceConfig)
     data: DataConfig = part(DataConfig)
+    protocol: SplitConfig = part(SplitConfig)
     student: StudentConfig = part(StudentConfig)
     targets: TargetConfig = part(TargetConfig)
     teacher: TeacherConfig = part(TeacherConfig, "teacher_")
     reviews: ReviewConfig = part(ReviewConfig)
     published: PublishedSwitches = part(PublishedSwitches)
+
+    @property
+    def split(self) -> str: return self.protocol.split # As it was asked for
 
     @property
     def model_names(self) -> list: # The methods, those that a user registered included
@@ -174,8 +179,12 @@ def prepare(cfg: RunConfig) -> Prepared:
     with on_cluster(cfg.place.cluster):
         data = cfg.data.load(max(20, cfg.k))
         remember_file(data.sha, cfg.data.dataset)
-        split = make_split(data, cfg.split, cfg.seed)
-        with Stopwatch() as t: reviews = encode_reviews(split, cfg.encoder, cfg.reviews)
+        return _prepared(data, cfg)
+
+
+def _prepared(data: Interactions, cfg: RunConfig, cut: int | None = None) -> Prepared: # None: the last cut
+    split = cfg.protocol.make(data, cfg.seed, cut)
+    with Stopwatch() as t: reviews = encode_reviews(split, cfg.encoder, cfg.reviews)
     return Prepared(data, split, reviews, t.s)
 
 # %% ../../nbs/52_experiments.run.ipynb #8b416c32
@@ -193,7 +202,8 @@ def student_config(cfg: RunConfig) -> DistilledConfig:
 # %% ../../nbs/52_experiments.run.ipynb #51ae9710
 def run_fits(prepared: Prepared, cfg: RunConfig) -> Fits:
     "Return the fits of a run, with the options that it hands to every method."
-    fits = Fits(prepared.split, prepared.reviews, {"teacher": teacher_config(cfg), "student": student_config(cfg)})
+    fits = Fits(prepared.split, prepared.reviews, {"teacher": teacher_config(cfg), "student": student_config(cfg)},
+                review_config=cfg.reviews)
     shared = dict(seed=cfg.seed, device=cfg.device, precision=cfg.precision, emb_dim=cfg.student.emb_dim)
     for name in cfg.model_names:
         if name not in fits.options: fits.options[name] = fits.config(name, **shared)
@@ -214,9 +224,16 @@ def fit_on_grid(name: str, fits: Fits, seed: int = 0) -> Scorer:
 @dataclass(frozen=True, eq=False)
 class Fitted:
     "The models of a run and what they did on test."
-    scorers: dict # Name -> Scorer, with its state
-    results: dict # Name -> EvalResult on test
-    fits: Fits # What they were fitted through
+    scorers: dict # Name -> Scorer, with its state; of several cuts the last
+    results: dict # Name -> EvalResult on test; of several cuts joined
+    fits: Fits # What they were chosen through
+    chosen: dict # Name -> Scorer as it was chosen on validation
+    windows: tuple = () # A `Window` a cut of a temporal split
+
+    @property
+    def last(self) -> Fits: # Whose split and reviews the scorers know
+        "Return the fits that the scorers are of."
+        return self.fits.refitted if self.windows else self.fits
 
     @property
     def student(self) -> StudentState: return self.scorers["student"].state
@@ -224,27 +241,54 @@ class Fitted:
     def teacher(self): return self.scorers["teacher"].state # TeacherState
     @property
     def histories(self) -> dict: # Name -> frame of epochs; the student's may show its fidelity to the teacher
-        "Return how each training went."
+        "Return how each training with validation went."
         frames = {n: h.to_frame() for n,
-                  s in self.scorers.items() if (h := s.history or getattr(s.state, "history", None)) is not None}
+                  s in self.chosen.items() if (h := s.history or getattr(s.state, "history", None)) is not None}
         by_fidelity = "student" in frames and self.fits.options["student"].student.select_by == "fidelity"
         return frames | ({"student": frames["student"].rename(columns={"valid": "fidelity"})} if by_fidelity else {})
 
+# %% ../../nbs/52_experiments.run.ipynb #52aa0002
+def _fit_in_time(prepared: Prepared, cfg: RunConfig, names: list, ks: tuple, note) -> Fitted:
+    windows = []
+    for cut in range(prepared.split.cuts):
+        here = prepared if cut == prepared.split.cut else _prepared(prepared.data, cfg, cut)
+        fits = run_fits(here, cfg)
+        chosen = {n: fit_on_grid(n, fits, cfg.seed) for n in names}
+        again = {n: refit(n, fits, s) for n, s in chosen.items()}
+        note(here.split)
+        windows.append(read_window(again, fits.split, fits.refitted.split, ks))
+    scorers = {n: replace(s, train_s=s.train_s + chosen[n].train_s) for n, s in again.items()} # what both fits took
+    joined = {n: over_cuts([w.results[n] for w in windows]) for n in names}
+    return Fitted(scorers, joined, fits, chosen, tuple(windows))
 
-def fit_models(prepared: Prepared, cfg: RunConfig) -> Fitted:
-    "Fit every method of a run, then read the test part once for each."
-    fits, names = run_fits(prepared, cfg), methods_for(cfg.model_names, prepared.split.n_items)
-    ks = tuple(sorted({5, 10, 20, cfg.k}))
+
+def fit_models(prepared: Prepared, cfg: RunConfig,
+               folder=None) -> Fitted: # A `RunFolder`: the reading of test is noted in its ledger
+    "Fit every method of a run, then read the test part, or each test window, once for each."
+    names, ks = methods_for(cfg.model_names, prepared.split.n_items), tuple(sorted({5, 10, 20, cfg.k}))
+    def note(split):
+        if folder is not None: folder.note(split, len(names), prepared.data.sha)
     with on_cluster(cfg.place.cluster):
+        if prepared.split.protocol == "temporal": return _fit_in_time(prepared, cfg, names, ks, note)
+        fits = run_fits(prepared, cfg)
         scorers = {n: fit_on_grid(n, fits, cfg.seed) for n in names}
+        note(prepared.split)
         results = {n: evaluate(s, prepared.split, "test", ks) for n, s in progress(scorers.items(), "test")}
-    return Fitted(scorers, results, fits)
+    return Fitted(scorers, results, fits, scorers)
 
 # %% ../../nbs/52_experiments.run.ipynb #e2e9d36e
 def quality_frame(fitted: Fitted, metric: str = "NDCG@10") -> pd.DataFrame: # model, mean, low, high
     "Collect one metric of every model with its interval over users."
     row = lambda n, r: dict(zip(("model", "mean", "low", "high"), (n, r.mean(metric), *r.ci95(metric))))
     return pd.DataFrame([row(n, r) for n, r in fitted.results.items()])
+
+# %% ../../nbs/52_experiments.run.ipynb #52aa0005
+def windows_frame(fitted: Fitted, metric: str = "NDCG@10") -> pd.DataFrame: # model, cut, users, mean, warm_users, warm
+    "Collect one metric of every model in each test window, of all users and of those with history."
+    mean = lambda r: r.mean(metric) if len(r.user_idx) else np.nan
+    rows = [dict(model=n, cut=w.split.cut, users=len(r.user_idx), mean=mean(r), warm_users=len(w.warm[n].user_idx),
+                 warm=mean(w.warm[n])) for w in fitted.windows for n, r in w.results.items()]
+    return pd.DataFrame(rows, columns=["model", "cut", "users", "mean", "warm_users", "warm"])
 
 # %% ../../nbs/52_experiments.run.ipynb #a170af39
 def latency_frame(fitted: Fitted, split: Split, k: int, n_queries: int,
@@ -296,10 +340,10 @@ def run_record(prepared: Prepared, fitted: Fitted, cfg: RunConfig, latency: pd.D
     facts = dict(run_id=run_id(prepared, cfg), config=config,
                  retention={r["metric"]: dict(mean=r["mean"], ci95=[r["low"], r["high"]]) for r in retained},
                  comparisons=compare(fitted.results, "student").reset_index(names="model").to_dict("records"),
-                 encoder_revision=encoder_revision(cfg.encoder),
-                 teacher=fitted.teacher.valid, student=fitted.student.valid, encode_s=prepared.encode_s, wall_s=wall_s)
+                 encoder_revision=encoder_revision(cfg.encoder), teacher=fitted.chosen["teacher"].state.valid,
+                 student=fitted.chosen["student"].state.valid, encode_s=prepared.encode_s, wall_s=wall_s)
     return make_record("run", cfg.data.dataset_name, prepared.data, prepared.split, fitted.scorers, fitted.results,
-                       latency, **facts)
+                       latency, fitted.windows, **facts)
 
 # %% ../../nbs/52_experiments.run.ipynb #d47f46bc
 def _put(new: Path, path: Path): # Two folders
@@ -327,9 +371,14 @@ class RunFolder:
             raise UserError(f"output_dir is {cfg.place.output_dir!r}, where no folder can be made ({e.strerror}): "
                             "expected a folder you can write to.") from None
 
+    def note(self, split: Split, models: int, data_sha: str):
+        "Note in the ledger of the outputs that the test part of a split is read."
+        note_reading(self.path.parents[1], split, self.path.parent.name, self.path.name, models, "run", data_sha)
+
     def _turn(self): return FileLock(self.path.with_name(f".{self.path.name}.lock")) # one process at a time
 
-    def publish(self, record: dict, student: StudentState, prepared: Prepared) -> Path: # The run's folder
+    def publish(self, record: dict, student: StudentState,
+                prepared) -> Path: # `Prepared` or `Fits` of the student's split; the run's folder
         "Write record and student, then put everything in its place."
         split = prepared.split
         build_recommender(student, split.train, exclude=(split.valid, split.test),

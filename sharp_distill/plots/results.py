@@ -22,6 +22,7 @@ def plot_quality(df: pd.DataFrame, # model, mean; where known low and high, and 
                  ax=None,
                  metric: str = "NDCG@10", # Label of the axis
                  over: str = "users", # What the intervals are over: users or seeds
+                 each=None, # model, mean: one row a test window, drawn as points where there are several
                 ):
     "Draw one metric of every model as bars with intervals."
     need_columns(df, ("model", "mean"))
@@ -32,6 +33,10 @@ def plot_quality(df: pd.DataFrame, # model, mean; where known low and high, and 
                 legend=False, capsize=.2, err_kws=dict(linewidth=1, color="#444444"), **INTERVAL, ax=ax)
     ends = df.set_index("model")[[c for c in ("mean", "high") if c in df]].max(axis=1)
     means = df.set_index("model")["mean"]
+    if each is not None and each["model"].duplicated().any(): # several windows
+        ends = ends.combine(each.groupby("model")["mean"].max(), max)
+        ax.scatter(each["mean"], each["model"].map({n: y for y, n in enumerate(names)}), s=14, color="white",
+                   edgecolor="#444444", zorder=4)
     for y, n in enumerate(names): ax.text(ends[n], y, f" {means[n]:.4f}", va="center", fontsize=8)
     if "teacher" in means: ax.axvline(means["teacher"], color=model_style("teacher")["color"], ls=":", lw=1, zorder=0)
     name_ticks(ax, [labels[n] for n in names])
