@@ -15,7 +15,10 @@ from sharp_distill.data.evaluation import (
     EvalResult, Scorer, bootstrap_means, compare, coverage, evaluate, holm, paired_test, popularity_bias,
     popularity_groups, rank_topk, recommend_topk, restrict, strata, t_interval)
 from sharp_distill.data.interactions import from_frame, make_sample
+from sharp_distill.data.protocol import (
+    HALF_LIVES, cold_half_life, over_cuts, read_window, refit_split, with_history, with_popularity_fallback)
 from sharp_distill.data.split import make_split, split_from_parts
+from sharp_distill.data.time import decayed_popularity
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +200,72 @@ def test_bias_measures(split):
     p, e = popularity_bias(popular, split), popularity_bias(even, split)
     assert p["ARP@10"] > 2 * e["ARP@10"] and p["gini@10"] > e["gini@10"]
     assert coverage(popular, split) < coverage(even, split)
+
+
+# The protocol of a test in time
+
+def fashions(n_days, n_books=60, life=100, seed=0):
+    "Every day two new users buy five of the books in fashion, which last `life` days each; three regulars come every 30 days."
+    gen, rows = np.random.default_rng(seed), []
+    for day in range(n_days):
+        books = 10 + (day // life * 8 + np.arange(8)) % (n_books - 10)
+        rows += [(f"n{day:03d}{j}", f"b{b:02d}", day) for j in range(2) for b in gen.choice(books, 5, replace=False)]
+        if day % 30 == 0: rows += [(f"r{j}", f"b{b:02d}", day) for j in range(3) for b in gen.choice(books, 2, replace=False)]
+    rows += [(f"r{j}", f"b0{k}", n_days - 1) for j in range(3) for k in range(2)] # the regulars come on the last day, too
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "day"]).drop_duplicates(["user_id", "item_id"])
+    return from_frame(frame.assign(timestamp=pd.Timestamp("2020-01-01") + pd.to_timedelta(frame.pop("day"), "D")))
+
+
+def test_users_without_history_see_what_is_popular_now():
+    split = make_split(fashions(300), "temporal")
+    joined, half_life = refit_split(split), cold_half_life(split)
+    assert half_life in HALF_LIVES and 0 < half_life <= 30 # ten days before validation other books came into fashion
+    zeros = Scorer("zeros", lambda u: np.zeros((len(u), split.n_items), np.float32))
+    now, always = (evaluate(with_popularity_fallback(zeros, joined, h), joined) for h in (half_life, 0.))
+    assert now.mean() > 2 * always.mean()
+    shown = with_popularity_fallback(zeros, joined, half_life)(np.arange(split.n_users))
+    new = np.bincount(joined.train.user_idx, minlength=split.n_users) == 0
+    assert (shown[new] == decayed_popularity(joined.train, half_life)).all() and not shown[~new].any()
+
+
+def test_every_model_is_asked_alike_and_users_with_history_apart():
+    "What a model says of users without history changes nothing; the users with history are those with a joined row."
+    split = make_split(fashions(120), "temporal", cuts=2, cut=1)
+    joined, gen = refit_split(split), np.random.default_rng(0)
+    new = np.bincount(joined.train.user_idx, minlength=split.n_users) == 0
+    table = gen.random((split.n_users, split.n_items)).astype(np.float32)
+    other = np.where(new[:, None], -table, table) # another opinion of users that nothing is known of
+    window = read_window({n: Scorer(n, lambda u, t=t: t[u]) for n, t in (("a", table), ("b", other))}, split, joined)
+    assert np.array_equal(window.results["a"].topk, window.results["b"].topk)
+    warm = window.warm["a"]
+    assert len(warm.user_idx) == 3 and set(warm.user_idx) == set(window.results["a"].user_idx[~new[window.results["a"].user_idx]])
+    assert np.array_equal(warm.topk, with_history(evaluate(lambda u: table[u], joined), joined).topk)
+    assert window.facts()["users_with_history"] == 3 < window.facts()["users"]
+    with pytest.raises(UserError, match="expected one of it"): with_history(window.results["a"], split)
+
+
+def test_windows_count_alike_and_a_user_once():
+    gen = np.random.default_rng(0)
+    def result(users, sha): return EvalResult(np.array(users), np.zeros((len(users), 1), int), {"NDCG@10": gen.random(len(users))}, "test", sha)
+    each = [result(range(4), "a"), result(range(2, 40), "b"), result([1, 50], "c")]
+    both = over_cuts(each)
+    assert np.isclose(both.mean(), np.mean([r.mean() for r in each])) and len(both.user_idx) == 41
+    assert over_cuts(each[:1]) is each[0] and both.split_sha not in "abc"
+    low, high = both.ci95()
+    assert low < both.mean() < high
+    nobody = result([], "d")
+    assert np.isclose(over_cuts([*each, nobody]).mean(), both.mean()), "a window without such users says nothing"
+    better = over_cuts([replace(r, metrics={"NDCG@10": r.values("NDCG@10") + .01}) for r in each])
+    assert np.isclose(paired_test(better, both).diff, .01)
+
+
+@pytest.mark.parametrize("target", ["all", "last", "first"])
+def test_only_the_rows_that_are_asked_count(target):
+    split = make_split(fashions(120), "temporal", targets=target)
+    for part in ("valid", "test"):
+        asked = split.held_out(part)
+        hit = asked.to_csr()
+        perfect = evaluate(lambda u: hit[u].toarray(), split, part)
+        assert perfect.mean("NDCG@10") == perfect.mean("R@10") == 1 and set(perfect.user_idx) == set(getattr(split, part).user_idx)
+        assert (len(asked) == len(perfect.user_idx)) == (target != "all")
+        assert np.isclose(restrict(perfect, split, np.ones(split.n_items)).mean("NDCG@10"), 1)

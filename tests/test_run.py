@@ -147,13 +147,68 @@ def test_the_front_page_is_made_from_what_is_stored():
     assert made and all("".join(m).strip() in readme for m in made)
 
 
+def test_a_run_over_two_windows(tmp_path):
+    "Chosen on validation, fitted again, each window read once; the student of the last one is saved and shows nothing known."
+    import numpy as np
+    from sharp_distill.data.interactions import load_interactions
+    from sharp_distill.data.protocol import refit_split
+    from sharp_distill.data.split import make_split
+    from sharp_distill.experiments.ledger import count_readings, read_ledger
+    make_sample(n_users=150, n_items=80).to_frame().to_csv(tmp_path / "shop.csv", index=False)
+    given = dict(TINY, dataset=str(tmp_path / "shop.csv"), models="ease", n_queries=10, sensitivity=False, split="temporal", cuts=2,
+                 eval_targets="last", output_dir=str(tmp_path / "out"))
+    given.pop("seeds")
+    cells = execute(ROOT / "nbs/run.ipynb", given)
+    record = check_record(path := next((tmp_path / "out").rglob("run.json")))
+    assert (record["split"]["cuts"], record["split"]["targets"], record["split"]["same_day"]) == (2, "last", 0)
+    splits = [make_split(load_interactions(str(tmp_path / "shop.csv")), "temporal", cuts=2, cut=c, targets="last") for c in range(2)]
+    assert [w["sha"] for w in record["split"]["windows"]] == [s.sha for s in splits] and record["split"]["sha"] == splits[1].sha
+    for m in record["models"].values():
+        for metrics in ("metrics", "metrics_warm"):
+            assert np.isclose(m[metrics]["NDCG@10"]["mean"], np.mean([w[metrics]["NDCG@10"] for w in m["windows"]]))
+    ledger = read_ledger(tmp_path / "out")
+    assert ledger["split_sha"].tolist() == [s.sha for s in splits] and set(ledger["why"]) == {"run"}
+    assert ledger["models"].tolist() == [3, 3] and count_readings(tmp_path / "out").loc["shop", "readings"] == 2
+    rec, last = Recommender.load(path.parent / "student"), refit_split(splits[1])
+    assert rec.facts["split_sha"] == last.sha and rec.train.nnz == len(last.train), "fitted on all that was known"
+    text = json.dumps([c.get("outputs") for c in cells])
+    assert "users_with_history" in text and "image/png" in text
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(cuts=3), "cuts is 3 under protocol 'random'"), (dict(split="temporal", cuts=0), "cuts is 0"),
+    (dict(split="temporal", eval_targets="lst"), "Did you mean 'last'"), (dict(split="temporl"), "Did you mean 'temporal'")])
+def test_windows_that_are_refused(options, words):
+    with pytest.raises(UserError, match=words): prepare(run_config(dict(options, encoder="none")))
+
+
+def test_a_temporal_record_without_users_with_history_is_refused(tmp_path):
+    from sharp_distill.core import read_json, write_json
+    record = read_json(ROOT / "outputs/results/sample.json")
+    record["split"]["protocol"] = "temporal"
+    with pytest.raises(UserError, match="users with history"): check_record(write_json(tmp_path / "run.json", record))
+
+
+def test_the_ledger_holds_what_is_stored():
+    "Every split whose numbers stand in the repository has been read, and the ledger says so."
+    from sharp_distill.experiments.ledger import read_ledger
+    ledger, read = read_ledger(ROOT / "outputs"), lambda path: json.loads(path.read_text(encoding="utf-8"))
+    stored = {read(p)["split"]["sha"] for folder in ("results", "leaderboard") for p in (ROOT / "outputs" / folder).glob("*.json")
+              if folder == "results" or p.name.endswith(".tests.json")}
+    assert len(stored) >= 5 and stored <= set(ledger["split_sha"]) and ledger["models"].min() >= 1
+
+
 def test_papermill_shows_the_help():
     done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", "run.ipynb"], cwd=ROOT / "nbs", capture_output=True, text=True)
-    for name in ("dataset: str", "epochs: int", "lr: float"): assert name in done.stdout
+    for name in ("dataset: str", "epochs: int", "lr: float", "cuts: int"): assert name in done.stdout
+
+
+NEWER = dict(cuts=1, eval_targets="all") # options that runs did not have when these were stored: what they did without them
 
 
 def test_stored_results_are_records_of_the_default_run():
     for path in sorted((ROOT / "outputs/results").glob("*.json")):
         record = check_record(path)
+        record["config"] = NEWER | record["config"]
         default = RunConfig.from_dict(dict(dataset=record["dataset"])).flat() | dict(output_dir=None, dataset=record["dataset"])
         assert json.loads(json.dumps(default)) == record["config"], path.name

@@ -8,10 +8,14 @@ from conftest import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharp_distill.data.interactions import from_frame, make_sample
+from sharp_distill.core import UserError, read_json, write_json
+from sharp_distill.data.dates import NO_TIME
+from sharp_distill.data.interactions import from_frame, load_interactions, make_sample
+from sharp_distill.data.protocol import check_times, refit_split
 from sharp_distill.data.split import (
-    PARTS, PROTOCOLS, Split, check_split, load_split, make_split, part_sizes, save_split, split_from_column,
+    PARTS, PROTOCOLS, TARGETS, Split, check_split, load_split, make_split, part_sizes, save_split, split_from_column,
     split_from_files, split_from_parts, split_stats)
+from sharp_distill.models.registry import Fits
 
 SAMPLE = make_sample(n_users=120, n_items=60)
 key = lambda d: d.user_idx * d.n_items + d.item_idx
@@ -119,3 +123,137 @@ def test_texts_that_train_has_are_counted():
     test = from_frame(pd.DataFrame(dict(user_id=["a", "c", "c"], item_id=["z", "x", "y"], review=texts)))
     stats = split_stats(split_from_parts(train, train.take(np.array([], int)), test)).loc["test"]
     assert (stats.cold_users, stats.cold_items, stats.cold_rows, stats.text_in_train) == (1, 1, 1.0, .5)
+
+
+# Windows in time
+
+MOMENTS = st.lists(st.integers(-60, 60), min_size=12, max_size=120)
+
+
+def at_days(days): # One user and one item a row
+    frame = pd.DataFrame(dict(user_id=[f"u{k}" for k in range(len(days))], item_id="i"))
+    return replace(from_frame(frame), timestamp=np.array(days) * 86_400)
+
+
+def test_one_window_is_the_split_of_before():
+    "The hash of the temporal split as it was before there were windows."
+    sample = load_interactions("sample")
+    assert make_split(sample, "temporal").sha == make_split(sample, "temporal", cuts=1, cut=0).sha == "75abd5b61d37985f"
+    assert make_split(sample).sha == "45fd31a198490129"
+
+
+@settings(max_examples=80, deadline=None)
+@given(MOMENTS, st.integers(1, 5))
+def test_windows_follow_each_other(days, cuts):
+    "Disjoint windows that are the test part of one cut together; train before validation before test, whatever ties."
+    data = at_days(days)
+    try: windows = [make_split(data, "temporal", cuts=cuts, cut=c) for c in range(cuts)]
+    except UserError: return # too few moments
+    whole, n = make_split(data, "temporal"), len(data)
+    assert sorted(np.concatenate([w.test.user_idx for w in windows])) == sorted(whole.test.user_idx)
+    for w, later in zip(windows, [*windows[1:], None]):
+        assert w.train.timestamp.max() < w.valid_at <= w.test_at and (cuts == 1 or len(w.valid))
+        assert not len(w.valid) or w.valid.timestamp.max() < w.test_at
+        known = np.sort(data.timestamp[data.timestamp < w.test_at])
+        assert np.array_equal(np.sort(refit_split(w).train.timestamp), known), "all that was known, nothing else"
+        if later is not None: assert w.test.timestamp.max() < later.test_at
+    if len(set(days)) == n: # no ties: equal windows, validation as long as a window and no longer than its share
+        assert np.ptp([len(w.test) for w in windows]) <= 1
+        assert all(abs(len(w.valid) - min(.1, .2 / cuts) * n) <= 1 for w in windows)
+
+
+def test_a_window_knows_its_moments_and_is_loaded_with_them(tmp_path):
+    split = make_split(SAMPLE, "temporal", cuts=3, cut=1, targets="last")
+    loaded = load_split(save_split(split, tmp_path / "s"))
+    facts = lambda s: (s.sha, s.cuts, s.cut, s.targets, s.valid_at, s.test_at)
+    about = read_json(tmp_path / "s/split.json")
+    assert facts(loaded) == facts(split) and (about["valid_at"], about["test_at"]) == (split.valid_at, split.test_at)
+    assert "cut 1 of 3" in repr(split) and make_split(SAMPLE).test_at is None
+    save_split(old := make_split(SAMPLE, "temporal"), tmp_path / "old")
+    write_json(tmp_path / "old/split.json", {k: about.get(k) for k in ("format", "provenance")} | dict(
+        protocol="temporal", seed=0, sha=old.sha)) # as it was written before there were windows
+    assert facts(load_split(tmp_path / "old")) == facts(old)
+
+
+def test_last_and_first_rows_of_a_window():
+    split = {t: make_split(SAMPLE, "temporal", targets=t) for t in TARGETS}
+    assert len({s.sha for s in split.values()}) == 3 and len({s.test.sha for s in split.values()}) == 1
+    rows = split["all"].test
+    for target, pick in (("last", np.max), ("first", np.min)):
+        asked = split[target].held_out("test")
+        assert sorted(asked.user_idx) == sorted(set(rows.user_idx)), "one row a user"
+        assert all(t == pick(rows.timestamp[rows.user_idx == u]) for u, t in zip(asked.user_idx, asked.timestamp))
+    tied = replace(split["last"], test=replace(rows, timestamp=np.zeros(len(rows), np.int64)))
+    draws = [key(replace(tied, seed=s).held_out("test")) for s in (0, 0, 1)]
+    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any(), "equal times: the seed decides"
+
+
+@pytest.mark.parametrize("change, options, words", [
+    (lambda d: replace(d, timestamp=np.full(len(d), NO_TIME)), {}, "needs times, and .* have none; protocol='random'"),
+    (lambda d: replace(d, timestamp=np.where(np.arange(len(d)) == 3, NO_TIME, d.timestamp)), {}, "1 of .* rows have none"),
+    (lambda d: replace(d, timestamp=np.full(len(d), 1_500_000_000)), {}, "train part is empty .* all of one time; try protocol='random'"),
+    (lambda d: replace(d, timestamp=d.timestamp // 10**10), dict(cuts=2), "at 1 moments .* the nearest good choice is cuts=1"), # one day
+    (lambda d: d, dict(fractions=(.0001, .4999, .5)), "train part is empty"), # a cut before the first row
+    (lambda d: d.take(np.arange(60)), dict(cuts=40), "cuts is 40: 60 rows .* the nearest good choice is cuts="),
+    (lambda d: d, dict(cuts=0), "cuts is 0: expected 1 or more"),
+    (lambda d: d, dict(cuts=3, cut=3), "cut is 3: expected 0 to 2"),
+    (lambda d: d, dict(targets="lst"), "targets is 'lst'.*Did you mean 'last'"),
+    (lambda d: d, dict(protocol="random", cuts=3), "cuts is 3 under protocol 'random': expected protocol='temporal'"),
+    (lambda d: d, dict(protocol="leave_last_out", targets="last"), "targets is 'last' under protocol 'leave_last_out'")])
+def test_times_that_allow_no_window(change, options, words):
+    import re
+    said = refused(make_split, change(SAMPLE), **dict(protocol="temporal") | options)
+    assert re.search(words, said), said
+
+
+def test_the_nearest_number_of_cuts_works():
+    days = at_days(np.repeat(np.arange(20), 3))
+    assert "the nearest good choice is cuts=4" in (said := refused(make_split, days, "temporal", cuts=7)), said
+    assert [len(make_split(days, "temporal", cuts=4, cut=c).test) for c in range(4)] == [3] * 4
+
+
+def test_times_before_1970_and_after_today(capsys):
+    early = make_split(replace(SAMPLE, timestamp=SAMPLE.timestamp - 2 * 10**9), "temporal", cuts=2)
+    assert early.train.timestamp.max() < 0 and early.test_at - make_split(SAMPLE, "temporal", cuts=2).test_at == -2 * 10**9
+    assert capsys.readouterr().out == ""
+    ahead = SAMPLE.timestamp.copy()
+    ahead[5] = 7_258_118_400 # 2200
+    kept = make_split(replace(SAMPLE, timestamp=ahead), "temporal")
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "1 of" in said and "2200-01-01" in said and 7_258_118_400 in kept.test.timestamp
+
+
+def test_who_comes_after_the_cut_is_a_cold_start_user():
+    split = make_split(SAMPLE, "temporal")
+    late = np.flatnonzero(np.bincount(split.test.user_idx, minlength=SAMPLE.n_users))[0]
+    mine = SAMPLE.user_idx == late
+    data = replace(SAMPLE, timestamp=np.where(mine, SAMPLE.timestamp.max() + np.arange(len(mine)) + 1, SAMPLE.timestamp))
+    stats = split_stats(moved := make_split(data, "temporal"))
+    assert not (moved.train.user_idx == late).any() and (moved.test.user_idx == late).sum() == mine.sum()
+    assert stats.loc["test", "cold_users"] == split_stats(split).loc["test", "cold_users"] + 1
+
+
+def test_auto_goes_by_time_where_it_can(capsys):
+    assert make_split(SAMPLE, "auto", cuts=2).protocol == "temporal" and capsys.readouterr().out == ""
+    some = np.where(np.arange(len(SAMPLE)) < 7, NO_TIME, SAMPLE.timestamp)
+    for when, why in ((some, "7 of"), (np.full(len(SAMPLE), 99), "all rows are of one time")):
+        assert make_split(replace(SAMPLE, timestamp=when), "auto").protocol == "random"
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and why in said and "hides" in said
+
+
+def test_a_future_row_is_refused_before_anything_is_fitted():
+    "Broken on purpose: one test row in train, one in validation, one validation row in train."
+    split = make_split(SAMPLE, "temporal")
+    def with_row_of(part, other):
+        rows = np.isin(key(SAMPLE), np.r_[key(getattr(split, part)), key(getattr(split, other))[:1]])
+        return replace(split, **{part: SAMPLE.take(rows)})
+    for part, other, words in (("train", "test", "train reaches into validation: 1 of"),
+                               ("train", "valid", "train reaches into validation: 1 of"),
+                               ("valid", "test", "valid reaches into test: 1 of")):
+        leaky = with_row_of(part, other)
+        for call in (check_times, refit_split, lambda s: Fits(s, None)): assert words in refused(call, leaky)
+    none = split.valid.take(np.zeros(len(split.valid), bool))
+    no_valid = replace(split, train=with_row_of("train", "test").train, valid=none)
+    assert "train reaches into" in refused(check_times, no_valid)
+    assert check_times(split) is split and refit_split(split).train.timestamp.max() < split.test_at

@@ -23,7 +23,7 @@ from sharp_distill.text import encoder_adapting
 from sharp_distill.text.vector_cache import cached_vectors, read_vectors
 
 fork = multiprocessing.get_context("fork") # the libraries are loaded once
-SPLIT = SimpleNamespace(sha="abc", protocol="random", seed=0, n_users=5, n_items=9, train=(), valid=(), test=())
+SPLIT = SimpleNamespace(sha="abc", protocol="random", cut=0, seed=0, n_users=5, n_items=9, train=(), valid=(), test=())
 
 
 def race(work, n=4, seconds=60): # -> [work(0), ..., work(n - 1)], each in a process of its own

@@ -31,6 +31,7 @@ def check_times(split: Split) -> Split: # The same split
 # %% ../../nbs/16_data.protocol.ipynb #16bb000b
 def refit_split(split: Split) -> Split: # Validation is empty
     "Join train and validation for the last fit; the test part stays."
+    check_times(split)
     parts = split.train, split.valid
     joined = {c: np.concatenate([getattr(p, c) for p in parts]) for c in ROW_COLUMNS}
     order = np.lexsort((joined["item_idx"], joined["timestamp"], joined["user_idx"]))
@@ -38,8 +39,8 @@ def refit_split(split: Split) -> Split: # Validation is empty
     note = f"{len(split.train):,} and {len(split.valid):,} rows, after the options were chosen"
     steps = add_step(train, "train and validation joined", note).provenance
     none = split.valid.take(np.zeros(len(split.valid), bool))
-    return check_times(replace(split, **{p: replace(rows, provenance=steps)
-                                         for p, rows in zip(PARTS, (train, none, split.test))}))
+    parts = zip(PARTS, (train, none, split.test))
+    return replace(split, **{p: replace(rows, provenance=steps) for p, rows in parts})
 
 # %% ../../nbs/16_data.protocol.ipynb #16bb000e
 HALF_LIVES = (0., 7., 15., 30., 60., 120., 240., 480.) # days that are tried; 0: popularity of all time

@@ -23,12 +23,13 @@ from ..core import (
 from ..data.evaluation import (
     EvalResult, Scorer, bootstrap_means, evaluate, holm, over_splits, paired_test, popularity_bias, strata, t_interval)
 from ..data.interactions import load_interactions
+from ..data.protocol import with_popularity_fallback
 from ..data.sources import bare_name
 from ..data.split import PROTOCOLS, Split, make_split
 from ..text.reviews import encode_reviews
 from ..models.registry import Fits, fit_method, method, methods
-from .search import (
-    Budget, chosen, open_study, search_row, tune, wants_more, with_popularity_fallback)
+from .ledger import note_reading
+from .search import Budget, chosen, open_study, search_row, tune, wants_more
 
 # %% ../../nbs/56_experiments.board.ipynb #6441c9cc
 def strata_rows(result: EvalResult, split: Split) -> dict: # "user", "item" -> group -> numbers
@@ -108,6 +109,7 @@ def put_row(folder, name: str, split: Split, row: dict,
         rows = {key(r): r for r in [*read_board(folder, name, begun=False), row]}
         rows = sorted(rows.values(), key=lambda r: (place.get(r["model"], len(place)), r["seed"]))
         write_json(board_path(folder, name), rows)
+    note_reading(folder, split, name.removesuffix(f".{split.protocol}"), name, 1, f"{row['model']}, seed {row['seed']}")
     return rows
 
 # %% ../../nbs/56_experiments.board.ipynb #19d0a0eb
