@@ -357,7 +357,7 @@ def _put(new: Path, path: Path): # Two folders
         if p.is_file() and p.relative_to(path) not in new_files: p.unlink()
     shutil.rmtree(new)
 
-
+# %% ../../nbs/52_experiments.run.ipynb #d47f46bd
 class RunFolder:
     "Collect a run's files beside their place and move them there at the end."
     def __init__(self, cfg: RunConfig, run_id: str):
