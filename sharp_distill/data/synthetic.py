@@ -106,8 +106,8 @@ def sample_tastes(gen, # Random generator
 class PlantedTime(Config):
     "How strongly time shows in the bookshop; 0 switches a part off."
     fashion: float = option(2.0, "How fast a book goes out of fashion, as the logarithm of its fall in a year", 0, 20)
-    drift: float = option(1.5, "How sharply each of a user's tastes is bound to a moment of its own", 0, 20)
-    series: float = option(0.3, "Chance that a reader of a volume goes on to the next", 0, 0.9)
+    drift: float = option(2.5, "How sharply each of a user's tastes is bound to a moment of its own", 0, 20)
+    series: float = option(0.4, "Chance that a reader of a volume goes on to the next", 0, 0.9)
 
 
 OPEN, LIFE, STAGES = 2100, 1000, 8 # Days of the shop, days of a user in it, stages of those
@@ -286,7 +286,7 @@ def sample_frame(seed: int = 0, # Draws everything
 # %% ../../nbs/13_data.synthetic.ipynb #53833439
 def mall_frame(seed: int = 0, # Draws everything
                n_shops: int = 30, n_users: int = 2375, n_items: int = 2181, # Users and books of each
-               rows_per_user: float = 17, # Mean number of purchases at home, before new books are thinned out
+               rows_per_user: float = 17.2, # Mean number of purchases at home, before new books are thinned out
                guests: float = .2, # Share of the users who also buy in the next shop, half as much
                planted: PlantedTime = PlantedTime(), # What time does
               ) -> pd.DataFrame: # user_id, item_id, rating, timestamp, item_title, review
