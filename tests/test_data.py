@@ -406,3 +406,21 @@ def test_real_counts(file):
 def test_real_files_that_must_be_refused():
     assert "broken gzip" in refused(load_interactions, REAL / "raw/reviews_Digital_Music_5.json.gz")
     assert "5-core of 10,923 rows is empty" in refused(load_interactions, REAL / "yelp_atlanta.parquet", k_core=5)
+
+
+def test_each_planted_strength_is_off_at_zero():
+    "Without strengths no book has a season and nothing follows; drift alone moves days and leaves every other column as it was."
+    from sharp_distill.data.synthetic import PlantedTime, sample_frame
+    made = lambda **k: sample_frame(0, 300, 120, planted=PlantedTime(**dict(fashion=0, drift=0, series=0) | k))
+    calm, fashion, drift, series = made(), made(fashion=3), made(drift=9), made(series=.8)
+    columns = ["user_id", "item_id", "rating", "item_title", "review"]
+    assert calm[columns].equals(drift[columns]) and not calm.timestamp.equals(drift.timestamp)
+    common = lambda f: f[f.item_id.isin(calm.item_id.value_counts().index[:40])]
+    spread = lambda f: common(f).groupby("item_id").timestamp.std().mean()
+    assert spread(fashion) < .7 * spread(calm) and abs(spread(drift) / spread(calm) - 1) < .1
+    def steps(frame): # Share of the pairs of two items that one user takes one after the other, in one order more often
+        ordered = frame.sort_values(["user_id", "timestamp"])
+        same = ordered.user_id.eq(ordered.user_id.shift(-1))
+        pairs = (ordered.item_id + " " + ordered.item_id.shift(-1).astype(str))[same].value_counts()
+        return pairs.iloc[:20].sum()
+    assert steps(series) > 2 * steps(calm)

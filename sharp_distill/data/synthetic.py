@@ -152,8 +152,8 @@ def fashion_of(books, tastes, fashion: float) -> np.ndarray: # float32 [U, I], l
     "Compare how much of each book's fashion falls into each user's life."
     if not fashion: return np.float32(0)
     fall = lambda days: np.exp(fashion * days / 365).astype(np.float32)
-    left = [np.minimum(np.outer(fall(-day), fall(books["appear"])), 1) for day in (tastes["start"], tastes["start"] + LIFE)]
-    share = np.maximum(left[0] - left[1], 1e-9)
+    left = lambda day: np.minimum(np.outer(fall(-day), fall(books["appear"])), 1) # Of a book's fashion, after a day
+    share = np.maximum(left(tastes["start"]) - left(tastes["start"] + LIFE), 1e-9)
     return np.log(share / share.mean(0))
 
 # %% ../../nbs/13_data.synthetic.ipynb #7a3c0011
