@@ -436,6 +436,7 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     valid |= dict(student=ndcg(), best_epoch=history.best_epoch, **(dict(fidelity=asked()) if teacher else {}))
     train_s, state = (targets.gather_s if teacher else 0.) + setup.s + history.train_s, now()
     item_map = ridge_map(model.x_item.cpu().numpy(), state.item_emb, ITEM_RIDGE) # for items to come
-    at = query_time(split.train) if half_life else 0
-    state = replace(state, item_map=item_map, half_life=half_life, at=at)
+    timed = bool(half_life or state.trend_weight)
+    state = replace(state, item_map=item_map, half_life=half_life, at=query_time(split.train) if timed else 0,
+                    trend_half_life=float(teacher.chosen.get("trend_half_life", 0.)) if state.trend_weight else 0.)
     return replace(state, target_config=target_cfg, valid=valid, train_s=train_s, history=history)

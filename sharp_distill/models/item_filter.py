@@ -345,11 +345,14 @@ def affordable_counts(n_items: int, counts) -> list: # Ascending
 
 
 def choose_local(split, gram: ItemGram, neighbours, # int32 [I, n], as many as are tried at most
-                 grid: dict) -> tuple: # (options, validation NDCG@10)
+                 grid: dict,
+                 histories=None, # csr [U, I] what validation asks with; None: train rows as ones
+                ) -> tuple: # (options, validation NDCG@10)
     "Choose ridge, text weight and the number of neighbours on validation."
     counts, items, tried = affordable_counts(gram.n_items, grid["n_neighbours"]), _tried_items(gram), []
     near = lambda n: None if n == gram.n_items - 1 else neighbours[:, :n]
-    R, weights = split.train.to_csr(), grid["text_weight"] if bool(gram.text.own.any()) else (0.,)
+    R = split.train.to_csr() if histories is None else histories
+    weights = grid["text_weight"] if bool(gram.text.own.any()) else (0.,)
     def attempt(n, options):
         for o, B in zip(options, solve_local(gram, near(n), options, items)):
             ndcg = valid_ndcg(lambda u, B=B: filter_scores(R[u], B), split, np.sort(items))
@@ -371,7 +374,8 @@ def fit_item_filter(split, # Split
                     edge_power: float = EDGE_POWER, # 0, without sessions, is EASE with text
                     grid: dict = FILTER_GRID, # Values of ridge, text_weight and n_neighbours to try
                     device: str = "cpu",
-                    chosen: dict | None = None) -> ItemFilter: # Options of an earlier choice; None: chosen here
+                    chosen: dict | None = None, # Options of an earlier choice; None: chosen here
+                    histories=None) -> ItemFilter: # csr [U, I] that validation asks with, such as aged rows
     "Choose the local item-item ridge on validation, or fit it with options that were chosen before."
     if grid is not FILTER_GRID: check_counts(grid["n_neighbours"], split.n_items) # the default is cut to the catalogue
     with Stopwatch() as w:
@@ -387,7 +391,7 @@ def fit_item_filter(split, # Split
         def choose():
             found = []
             for weight, gram in grams.items():
-                options, valid = choose_local(split, gram, neighbours, grid)
+                options, valid = choose_local(split, gram, neighbours, grid, histories)
                 found.append((valid, options | dict(edge_power=edge_power, session_weight=weight)))
             return max(found, key=lambda f: f[0])
         told = chosen and (float("nan"), chosen | dict(edge_power=edge_power, session_weight=max(grams)))

@@ -38,6 +38,7 @@ class StudentState:
     target_config: Config | None = None # What was taken from the teacher; None without distillation
     half_life: float = 0. # Days in which a row of a user's history comes to count half; 0: never
     trend_weight: float = 0. # What every user's row holds in its last place, the trend's; 0: no trend
+    trend_half_life: float = 0. # Days in which a row of an item's popularity comes to count half; 0: never
     at: int = 0 # Unix seconds: the moment of `user_emb`; 0: no time is read
     head: dict = field(default_factory=dict) # Weights of a head of `models.published`; empty: the dot product
     valid: dict = field(default_factory=dict) # Validation NDCG@10 before and after training, fidelity

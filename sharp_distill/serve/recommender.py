@@ -16,6 +16,7 @@ import scipy.sparse as sp
 from ..core import UserError, did_you_mean
 from ..models.student import new_item_row, user_row
 from .native import has_fast_search
+from .moments import aged_rows, check_moment, more_rows, rows_at
 from .store import ARRAYS, StoredStudent
 from .topk import check_embedding, check_k, exact_topk, index_items, row_lengths
 
@@ -77,8 +78,21 @@ def _popular(item_degree, k: int, without) -> tuple: # int64 [k] with -1 where n
     score = np.append(np.asarray(item_degree)[idx].astype(np.float32), np.full(left, -np.inf, np.float32))
     return np.append(idx, np.full(left, -1)), score
 
+# %% ../../nbs/43_serve.recommender.ipynb #e3a70050
+def _moment(at) -> int: # Unix seconds
+    "Read a moment given as seconds or as a date."
+    if isinstance(at, (int, np.integer)): return int(at)
+    try: return int(np.datetime64(str(at)).astype("datetime64[s]").astype(np.int64))
+    except ValueError:
+        raise UserError(f"at is {at!r}: expected unix seconds or a date such as '2024-05-31'.") from None
+
+
+def _rows(rec, users, at): # int64 [n] -> float32 [n, d]
+    "Return users' rows: the stored ones, or those of a later moment."
+    return rec.user_emb[users] if at is None else rows_at(rec, users, check_moment(rec, _moment(at)))
+
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70024
-def _lists(rec, user_ids, k, all_items, unknown, exclude=()) -> tuple: # ids [n], int64 [n, k], float32 [n, k]
+def _lists(rec, user_ids, k, all_items, unknown, exclude=(), at=None) -> tuple: # ids [n], int64 [n, k], float32 [n, k]
     "Search for the known users, and fill in popular items for the others where that is asked for."
     choices = ("error", "popular")
     if unknown not in choices:
@@ -92,7 +106,7 @@ def _lists(rec, user_ids, k, all_items, unknown, exclude=()) -> tuple: # ids [n]
     users = _look_up([n for n, ok in zip(names, known) if ok], rec.user_number, "user")
     hide = sp.csr_matrix((len(users), I), dtype=bool) if all_items else rec.exclude[users]
     if len(without): hide = sp.csr_matrix(hide + sp.vstack([_row_of(without, I)] * len(users), "csr"))
-    if len(users): idx[known], score[known] = exact_topk(rec.user_emb[users], rec.item_index, k, hide)
+    if len(users): idx[known], score[known] = exact_topk(_rows(rec, users, at), rec.item_index, k, hide)
     return names, idx, score
 
 # %% ../../nbs/43_serve.recommender.ipynb #ffe01a30
@@ -135,15 +149,19 @@ def _vector_of(text_encoder, reviews, review_emb): # -> float32 [d_t] or None
 def _folded_row(rec, items, user_id, review_emb) -> tuple: # float32 [d], int64 [n]
     "Return a user's row after new interactions, and all the user's items."
     new = np.unique(_look_up(items, rec.item_number, "item"))
-    old, text = np.empty(0, np.int64), 0.
+    old, text, aged = np.empty(0, np.int64), 0., np.empty(0)
     if user_id is not None:
         u = _look_up(user_id, rec.user_number, "user")[0]
-        old = rec.train.indices[rec.train.indptr[u]:rec.train.indptr[u + 1]].astype(np.int64)
+        rows = aged_rows(rec, [u], rec.at)
+        old, aged = rows.indices.astype(np.int64), rows.data
         if review_emb is None: # recover what the user's reviews put into x_u W_U
-            text = (len(old) + 1.) * (rec.user_emb[u].astype(np.float64) - user_row(rec, old, is_new=False))
+            own = rec.user_emb[u].astype(np.float64) - user_row(rec, old, is_new=False, weights=aged)
+            text = (aged.sum() + 1.) * own
     have = np.union1d(old, new)
-    row = user_row(rec, have, review_emb, is_new=~np.isin(have, old))
-    return (row + text / (len(have) + 1.)).astype(np.float32), have
+    weights = np.ones(len(have)) # a new row is of this moment
+    weights[np.isin(have, np.setdiff1d(old, new))] = aged[~np.isin(old, new)]
+    row = user_row(rec, have, review_emb, is_new=~np.isin(have, old), weights=weights)
+    return (row + text / (weights.sum() + 1.)).astype(np.float32), have
 
 # %% ../../nbs/43_serve.recommender.ipynb #e62afd19
 def _new_list(rec, row, have, user_id, k, all_items, exclude=()) -> tuple: # int64 [1, k], float32 [1, k]
@@ -173,6 +191,29 @@ def _one_item_more(rec, item_id, review_emb, title) -> dict: # Field -> its new 
                 item_titles=None if titles is None else np.append(titles, [title]),
                 train=train, exclude=train if rec.exclude is rec.train else wider(rec.exclude))
 
+# %% ../../nbs/43_serve.recommender.ipynb #e3a70052
+def _added(rec, frame) -> dict: # Field -> its new value
+    "Return what changes when a table of new rows is added."
+    lost = [c for c in ("user_id", "item_id", "timestamp") if c not in frame]
+    if lost or not len(frame):
+        raise UserError(f"the table has {'no column ' + lost[0] if lost else 'no row'}: expected rows with user_id, "
+                        "item_id and timestamp.")
+    import pandas as pd
+    from sharp_distill.data.dates import NO_TIME, unix_seconds
+    times, unread = unix_seconds(pd.Series(frame["timestamp"]))
+    if unread.any() or (times == NO_TIME).any():
+        raise UserError("a row of the table has no time: expected a time for each row that is added.")
+    items = _look_up(list(frame["item_id"]), rec.item_number, "item")
+    return more_rows(rec, [_text_of(u) for u in frame["user_id"]], items, times)
+
+
+def _times_of(train, R) -> np.ndarray: # int64 [nnz], as R stores its rows
+    "Return the times of the train rows in the order of their matrix."
+    order = np.lexsort((train.item_idx, train.user_idx))
+    if not (np.array_equal(train.item_idx[order], R.indices) and R.has_sorted_indices):
+        raise UserError("the train rows hold a pair twice: expected one row a pair, as `drop_duplicates` leaves.")
+    return train.timestamp[order]
+
 # %% ../../nbs/43_serve.recommender.ipynb #e3a7000b
 class Recommender(StoredStudent):
     "A distilled student that answers with titles."
@@ -185,9 +226,10 @@ class Recommender(StoredStudent):
                   k: int = 10, # Length of each list
                   all_items: bool = False, # Offer excluded items too
                   unknown: str = "error", # Or "popular": answer unknown users with popular items
-                  exclude=()): # Ids of further items to leave out
+                  exclude=(), # Ids of further items to leave out
+                  at=None): # Unix seconds or a date, later than training; None: the moment of training
         "Return the k best items of each user: a table with user_id, rank, item_id, title, score."
-        return _table(self, *_lists(self, user_ids, k, all_items, unknown, exclude))
+        return _table(self, *_lists(self, user_ids, k, all_items, unknown, exclude, at))
 
     def similar_items(self, item_id, # One id
                       k: int = 10):
@@ -207,6 +249,10 @@ class Recommender(StoredStudent):
         row, have = self.fold_in(items, user_id, review_emb, reviews)
         found = _new_list(self, row, have, user_id, k, all_items, exclude)
         return _table(self, [user_id], *found).drop(columns="user_id")
+
+    def add_interactions(self, frame) -> "Recommender": # A table with user_id, item_id and timestamp
+        "Return a copy that knows further rows, for good: every row by its formula, nothing trained."
+        return dataclasses.replace(self, **_added(self, frame))
 
     def with_item(self, item_id, review_emb=None, # float32 [d_t] embedding of the item's text
                   title=None, reviews=None) -> "Recommender": # reviews: or the text itself, or several
@@ -258,9 +304,12 @@ def build_recommender(state, # A `StudentState`
     config = state.config.to_dict() if hasattr(state.config, "to_dict") else dict(state.config or {})
     facts = dict(config=config, split_sha=state.split_sha, encoder=state.encoder)
     if text_encoder is not None: text_encoder, facts["min_users_of_a_word"] = _shared_words(text_encoder, min_users)
+    for name in ("half_life", "trend_weight", "trend_half_life", "at"):
+        if getattr(state, name, 0): facts[name] = getattr(state, name)
     R = train.to_csr()
     known = [_in_numbers_of(train, part) for part in exclude]
     if len(getattr(train, "low", ())): known.append(train.low_csr()) # rated low is known too
     everything = sum(known, R.astype(bool)).astype(bool) if known else R
     return Recommender(**arrays, train=R, exclude=everything, text_encoder=text_encoder, facts=facts,
-                       user_ids=train.user_ids, item_ids=train.item_ids, item_titles=train.item_titles)
+                       times=_times_of(train, R) if "at" in facts else None, user_ids=train.user_ids,
+                       item_ids=train.item_ids, item_titles=train.item_titles)

@@ -249,7 +249,7 @@ def _onnx_graph(path, module, n_items: int) -> Path:
 def _without_histories(student) -> dict: # Field -> value
     "Return a student's fields without anything about single users."
     none = sp.csr_matrix((0, len(student.item_ids)), dtype=bool)
-    return dict(user_emb=student.user_emb[:0], user_ids=student.user_ids[:0], train=none, exclude=none)
+    return dict(user_emb=student.user_emb[:0], user_ids=student.user_ids[:0], train=none, exclude=none, times=None)
 
 
 def _contents(student, histories: bool) -> dict: # Name -> array
@@ -260,6 +260,7 @@ def _contents(student, histories: bool) -> dict: # Name -> array
     for name in ("train",) if own["exclude"] is own["train"] else ("train", "exclude"):
         arrays[f"{name}_indptr"] = own[name].indptr.astype(np.int64)
         arrays[f"{name}_indices"] = own[name].indices.astype(np.int32)
+    if own["times"] is not None: arrays["times"] = np.ascontiguousarray(own["times"], np.int64)
     text = dict(facts=own["facts"] | dict(histories=histories), text_encoder=None, item_titles=None)
     text |= {n: list(map(str, own[n])) for n in ("user_ids", "item_ids")}
     if own["item_titles"] is not None:
@@ -289,6 +290,9 @@ def _fields(arrays: dict) -> dict: # Field of a student -> value
     fields = names | _tables(arrays, U, I) | dict(train=_matrix(arrays, "train", U, I), facts=facts)
     fields["exclude"] = _matrix(arrays, "exclude", U, I) if "exclude_indptr" in arrays else fields["train"]
     own = {n.removeprefix("text_encoder."): a for n, a in arrays.items() if n.startswith("text_encoder.")}
+    fields["times"] = arrays.get("times")
+    _need(fields["times"] is None or fields["times"].dtype == np.int64 and len(fields["times"]) == fields["train"].nnz,
+          "times are not one for each row")
     fields["text_encoder"] = None if encoder is None else _text_encoder(encoder, own, len(fields["item_map"]))
     return fields
 
@@ -309,6 +313,10 @@ class StoredStudent:
     item_titles: np.ndarray | None = None # object [I]
     facts: dict = field(default_factory=dict) # config (plain values), split_sha, encoder, histories
     text_encoder: TextEncoder | None = None # Reviews of one user or item -> float32 [d_t]
+    times: np.ndarray | None = None # int64 [n] unix seconds of the rows of `train`, as it stores them; None: not read
+    half_life = property(lambda self: self.facts.get("half_life", 0.)) # Days; 0: rows do not age
+    trend_weight = property(lambda self: self.facts.get("trend_weight", 0.)) # 0: no column for the trend
+    at = property(lambda self: self.facts.get("at", 0)) # Unix seconds, the moment of `user_emb`
     n_bytes = functools.cached_property(_size) # Arrays, names and the text encoder
 
     def __repr__(self):
