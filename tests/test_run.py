@@ -155,7 +155,7 @@ def test_a_run_over_two_windows(tmp_path):
     from sharp_distill.data.split import make_split
     from sharp_distill.experiments.ledger import count_readings, read_ledger
     make_sample(n_users=150, n_items=80).to_frame().to_csv(tmp_path / "shop.csv", index=False)
-    given = dict(TINY, dataset=str(tmp_path / "shop.csv"), models="ease", n_queries=10, sensitivity=False, split="temporal", cuts=2,
+    given = dict(TINY, dataset=str(tmp_path / "shop.csv"), models="popularity", n_queries=10, sensitivity=False, split="temporal", cuts=2,
                  eval_targets="last", output_dir=str(tmp_path / "out"))
     given.pop("seeds")
     cells = execute(ROOT / "nbs/run.ipynb", given)
