@@ -228,6 +228,13 @@ def test_a_series_is_learned_where_sets_cannot_tell_what_comes_next():
     assert right(fit_ease(split, EASEConfig(reg=1.))) <= .6
     cfg = TINY.replace(epochs=12, patience=12, emb_dim=32, n_layers=1, lr=5e-3, dropout=.1)
     assert right(q.fit_sasrec(split, cfg)) > .95
-    half = replace(split, train=split.train) # a half-life of a day: still learned, other numbers
-    weighted = q.fit_sasrec(half, cfg.replace(half_life=1.))
-    assert right(weighted) > .95 and not np.array_equal(weighted.item_emb, q.fit_sasrec(split, cfg).item_emb)
+
+
+def test_a_half_life_weighs_the_rows_of_the_loss_by_their_age():
+    data = series().train
+    h, now = q.histories(data, 2.), int(data.timestamp.max()) + 1
+    newest = q.histories(data).item[h.stop - 1]
+    assert torch.equal(h.item[h.stop - 1], newest) and torch.equal(q.histories(data).weight, torch.ones(len(data)))
+    when = torch.as_tensor(np.sort(data.timestamp.reshape(-1))).unique()
+    assert torch.allclose(h.weight.unique(), torch.exp2((when - now) / (2 * 86_400)).float())
+    assert (h.weight[h.stop - 1] >= h.weight[h.start]).all() and h.weight.max() < 1
