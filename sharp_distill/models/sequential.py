@@ -244,8 +244,8 @@ class SequenceState:
 
 def train_sasrec(split, cfg: SASRecConfig = SASRecConfig(),
                  checkpoint=None, # File to continue from
-                 watch=None) -> SequenceState: # Called with (validations so far, NDCG@10); may raise to end the training
-    "Train SASRec on the train rows, with early stopping on validation NDCG@10 or, without such rows, for all epochs."
+                 watch=None) -> SequenceState: # Called with (validations so far, NDCG@10); may raise to stop
+    "Train SASRec, with early stopping on validation NDCG@10 or, without validation rows, for all epochs."
     h, seen = histories(split.train, cfg.half_life), []
     start, length = windows(h, cfg.max_len)
     model = SASRec(split.n_items, cfg, pick_device(cfg.device))
