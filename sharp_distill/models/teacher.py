@@ -320,7 +320,8 @@ def fuse(state: TeacherState, split, found: ItemFilter | None = None, # A fitted
             weights, best = choose_weights({n: parts[n] for n in sorted(parts, key=alone.get, reverse=True)}, split)
             valid = dict(alone=alone, fused=best)
     seconds = sum(part.train_s for part in (found, sequence) if part is not None)
-    chosen = state.chosen | dict(weights=weights_text(weights))
+    used = "sasrec" if weights.get("sequence") else "none"
+    chosen = state.chosen | dict(weights=weights_text(weights), sequence=used)
     return replace(state, weights=weights, valid=state.valid | valid | dict(weights=weights), chosen=chosen,
                    train_s=state.train_s + seconds + t.s)
 
