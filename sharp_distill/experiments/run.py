@@ -34,6 +34,7 @@ from ..data.split import Split
 from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, ReviewEmbeddings, encode_reviews
 from ..models.teacher import TeacherConfig
+from ..models.teacher_products import BLOCKS_UP_TO
 from ..models.student import StudentState
 from ..models.distillation import StudentConfig, TargetConfig, distill
 from ..models.published import with_switches
@@ -313,8 +314,10 @@ SWEEP = {"temperature": (.1, 1., 2.), "kd_weight": (0., .5, 1.), "emb_dim": (16,
 
 
 def sensitivity_frame(fitted: Fitted, cfg: RunConfig, sweep: dict = SWEEP,
-                      epochs: int = 12) -> pd.DataFrame: # param, value, mean, chosen
+                      epochs: int = 0) -> pd.DataFrame: # param, value, mean, chosen; epochs 0: 12, or 3 at large sizes
     "Vary one option of the student at a time; validation NDCG@10 after a short training."
+    split = fitted.fits.split
+    epochs = epochs or (12 if split.n_users * split.n_items <= BLOCKS_UP_TO else 3)
     base, rows, known = student_config(cfg).replace(epochs=min(epochs, cfg.student.epochs)), [], {}
     at = base.flat()
     for param, value in progress([(p, v) for p, values in sweep.items() for v in sorted({*values, at[p]})],

@@ -68,7 +68,7 @@ class NoDistillationConfig(StudentConfig):
     lr: float = option(5e-3, "Adam learning rate", lo=0.)
     lr_schedule: str = option("constant", "cosine: falls to 0 along half a wave", choices=("constant", "cosine"))
     least_batch: ClassVar[int] = 1024
-    batch_size: int = option(1024, "train interactions a step; 0: by size", lo=0)
+    batch_size: int = option(0, "train interactions a step; 0: by size, from 1,024", lo=0)
     most_steps: int = option(0, "most optimiser steps: fewer epochs where they would be more; 0: no limit", lo=0)
     epochs: int = option(40, "most passes over the train interactions", lo=0)
     patience: int = option(15, "validations without a better one before stopping", lo=1)

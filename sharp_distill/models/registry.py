@@ -350,9 +350,11 @@ def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
     found, parts = None, cfg.parts
     if parts.item_filter == "ridge":
         ridge = ItemRidgeConfig(**{n: getattr(parts, n) for n in ItemRidgeConfig.names()})
-        found = fits.keep(("item_ridge", ridge.sha()), lambda: fit_method("item_ridge", split, reviews, ridge, fits)).state
+        fit_ridge = lambda: fit_method("item_ridge", split, reviews, ridge, fits)
+        found = fits.keep(("item_ridge", ridge.sha()), fit_ridge).state
     in_time = split.protocol in CUT_IN_TIME and split.n_items <= ALL_ITEMS
-    sequence = fits.fit("sasrec", cfg.seed) if parts.sequence == "sasrec" or parts.sequence == "auto" and in_time else None
+    wanted = parts.sequence == "sasrec" or parts.sequence == "auto" and in_time
+    sequence = fits.fit("sasrec", cfg.seed) if wanted else None
     return teacher_scorer(train_teacher(split, reviews, cfg, item_filter=found, sequence=sequence))
 
 
