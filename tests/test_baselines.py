@@ -143,6 +143,8 @@ def test_a_ridge_too_small_for_a_block_says_which_is_enough():
             assert f"ridge is {ridge:g}: with it a block of items is singular" in said and "increase it" in said
             good = float(said.split("is about ")[1].rstrip("."))
             assert ridge < good < .1 and np.allclose(np.asarray(fit(CLONES, ridge=good).sum(0)), 1, atol=.02) # the others together are the item
+    for seed in range(8): # three users cannot tell eight items apart: rounding gives half of these blocks a factor, and weights of noise
+        assert "is singular" in refused(local, np.random.default_rng(seed).random((3, 8)).astype(np.float32), n=6, ridge=1e-7)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
