@@ -63,9 +63,7 @@ def text_gram(item_text, # [I, V] a row an item, dense or csr; zero rows without
              ) -> np.ndarray: # float32 [I, I]
     "Return scale T Tᵀ, the likeness of the items' texts."
     _refuse_large(item_text.shape[0], TEXT_EASE_MATRICES)
-    gram = dense_product(item_text, item_text.T)
-    gram *= np.float32(scale)
-    return gram
+    return np.multiply(gram := dense_product(item_text, item_text.T), np.float32(scale), out=gram)
 
 # %% ../../nbs/32_models.item_filter.ipynb #97b39920
 def add_gram(gram: np.ndarray, # float32 [I, I]; changed in place
@@ -173,8 +171,8 @@ def nearest_rows(span, # (first, last + 1) in `order`
     shared = gram.edges[rows]
     cols = np.union1d(order[first:first + window], np.append(shared.indices, rows))
     r, c = (torch.as_tensor(x, device=device) for x in (rows, cols))
-    near = torch.as_tensor(shared[:, cols].toarray(), device=device)
-    near = near.add_(gram.text.between(r, c), alpha=weight).mul_(torch.as_tensor(inverse[cols], device=device))
+    near, inverse = (torch.as_tensor(x, device=device) for x in (shared[:, cols].toarray(), inverse[cols]))
+    near.add_(gram.text.between(r, c), alpha=weight).mul_(inverse)
     near[torch.arange(len(rows)), torch.searchsorted(c, r)] = -torch.inf
     return cols[near.topk(n, 1).indices.cpu().numpy()].astype(np.int32)
 
@@ -271,9 +269,8 @@ def solve_by_span(gram: ItemGram, neighbours, items, options: list) -> tuple: # 
     size = block_size(neighbours.shape[1])
     spans, shape = ranges(len(items), size * max(1, SPAN // size)), (len(items), neighbours.shape[1])
     near, weights = np.empty(shape, np.int32), np.empty((len(options), *shape), np.float32)
-    shared = gram.as_sent(), neighbours, items, options
-    for (at, to), found in zip(spans, map_blocks(solve_items, spans, *shared, lower="n_neighbours")):
-        near[at:to], weights[:, at:to] = found
+    found = map_blocks(solve_items, spans, gram.as_sent(), neighbours, items, options, lower="n_neighbours")
+    for (at, to), solved in zip(spans, found): near[at:to], weights[:, at:to] = solved
     return near, weights
 
 # %% ../../nbs/32_models.item_filter.ipynb #2cc96ed2
