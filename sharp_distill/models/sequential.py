@@ -38,7 +38,7 @@ class SASRecConfig(TrainConfig):
     n_layers: int = option(2, "blocks L", lo=0, hi=16)
     n_heads: int = option(2, "attention heads, a divisor of emb_dim", lo=1, hi=64)
     max_len: int = option(50, "most rows of a history that are read", lo=1, hi=4096)
-    dropout: float = option(.3, "share of the features that is dropped in training", lo=0., hi=.95)
+    dropout: float = option(.5, "share of the features that is dropped in training", lo=0., hi=.95)
     half_life: float = option(0., "days after which a row counts half in the loss; 0: all count alike", lo=0.)
 
 # %% ../../nbs/34_models.sequential.ipynb #5e900010
