@@ -325,7 +325,7 @@ def pair_loss(model, # forward() -> (user_emb [U, d], item_emb [I, d]); rows(use
     "Return (total, parts) of one batch of pairs."
     cfg = model.cfg
     user_emb, item_emb = model()
-    candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen).to(users.device)
+    candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen, len(users)).to(users.device)
     x, pos_emb, neg_emb = user_emb[users], item_emb[items], item_emb[candidates]
     if cfg.cosine: x, pos_emb, neg_emb = (F.normalize(e, dim=1) for e in (x, pos_emb, neg_emb))
     pos = (x * pos_emb).sum(1) / cfg.temperature

@@ -12,6 +12,7 @@ __all__ = ['SIDES', 'ALIGNED', 'CUT_IN_TIME', 'USUAL_HALF_LIFE', 'HALF_LIVES', '
 # %% ../../nbs/35_models.teacher.ipynb #665ce28f
 from dataclasses import dataclass, field, replace
 from functools import singledispatch
+from typing import ClassVar
 
 import numpy as np
 import scipy.sparse as sp
@@ -64,6 +65,7 @@ class PartsConfig(Config):
 @dataclass(frozen=True)
 class TeacherConfig(TrainConfig):
     "Options of the teacher."
+    longer_steps: ClassVar[bool] = True
     lr: float = option(5e-3, "Adam learning rate", lo=0.)
     epochs: int = option(40, "most passes over the train interactions", lo=0)
     patience: int = option(5, "validations without a better one before stopping", lo=1)
