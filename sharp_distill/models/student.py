@@ -102,7 +102,7 @@ def user_row(state: StudentState,
     n = a.sum()
     a /= np.sqrt((n + 1) * (state.item_degree[items] + np.asarray(is_new, np.int64) + 1))
     row = (x_user @ state.user_map / (n + 1) + a @ state.item_message[items]).astype(np.float32)
-    if state.trend_weight: row[-1] = state.trend_weight
+    if weight := getattr(state, "trend_weight", 0.): row[-1] = weight
     return row
 
 # %% ../../nbs/36_models.student.ipynb #e4317127
@@ -111,7 +111,7 @@ def new_item_row(state: StudentState,
                 ) -> np.ndarray: # float32 [d]
     "Compute the row of an item that nobody has chosen yet, from its text alone."
     row = _review_vector(review_emb, len(state.item_map)) @ state.item_map
-    if state.trend_weight: row[-1] = state.item_emb[:, -1].min() # nobody has bought it
+    if getattr(state, "trend_weight", 0.): row[-1] = state.item_emb[:, -1].min() # nobody has bought it
     return row
 
 # %% ../../nbs/36_models.student.ipynb #759cc475
