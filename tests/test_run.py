@@ -203,7 +203,8 @@ def test_papermill_shows_the_help():
     for name in ("dataset: str", "epochs: int", "lr: float", "cuts: int"): assert name in done.stdout
 
 
-NEWER = dict(cuts=1, eval_targets="all") # options that runs did not have when these were stored: what they did without them
+NEWER = dict(cuts=1, eval_targets="all", half_life=-1., teacher_half_life=-1., teacher_trend_half_life=-1., teacher_ridge=0.,
+             teacher_text_weight=-1., teacher_n_neighbours=0, teacher_weights="", teacher_sequence="auto") # options that runs did not have when these were stored: what they did without them
 
 
 def test_stored_results_are_records_of_the_default_run():

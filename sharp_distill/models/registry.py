@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'LOG_REG', 'WIDTH', 'IDS', 'TEXT', 'TIMED', 'ALONE', 'Method', 'register', 'method', 'methods',
            'methods_for', 'Fits', 'fit_method', 'refit', 'ItemRidgeConfig', 'ItemRidgeNoSessionsConfig', 'IdOnlyConfig',
-           'DistilledConfig', 'shared_targets', 'methods_frame', 'space_frame']
+           'DistilledConfig', 'shared_targets', 'methods_frame']
 
 # %% ../../nbs/39_models.registry.ipynb #84fc8a34
 from collections.abc import Callable
@@ -38,7 +38,8 @@ from .teacher import (
 from .student import student_scorer
 from .fusion import standardise
 from .distillation import (
-    NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_soft_labels, gather_targets)
+    NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets)
+from .targets import gather_soft_labels
 
 # %% ../../nbs/39_models.registry.ipynb #8e8329a2
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class Method:
 
     @property
     def kind(self) -> str: # "ids", "text" or "ours": what a leaderboard compares
-        return "ours" if self.group not in ("baseline",
-                                            "competing model") else "text" if "text" in self.reads else "ids"
+        return "ours" if self.group not in GROUPS[:2] else "text" if "text" in self.reads else "ids"
 
     def defaults(self) -> dict: # Option -> value, of the options that are searched
         flat = self.config().flat()
@@ -82,7 +82,6 @@ def register(m: Method) -> Method: # The same method
     _METHODS[m.name] = m
     register_style(m.name, m.label, m.color, m.marker)
     return m
-
 
 
 def method(name: str) -> Method:
@@ -174,10 +173,9 @@ def refit(name: str, fits: Fits, # Of the split that validation chose on
     "Fit a method again on train and validation, with the options that validation chose."
     m, later = method(name), fits.refitted
     cfg = m.config.from_dict({k: v for k, v in scorer.config.items() if k in m.config.names()} | scorer.chosen)
-    seed = cfg.flat().get("seed", 0)
+    seed, later.options[name] = cfg.flat().get("seed", 0), cfg
     for other in (m.learns_from, scorer.chosen.get("sequence")): # a part that is a method is named by its option
         if other in _METHODS: refit(other, fits, fits.fit(other, seed))
-    later.options[name] = cfg
     return later.fit(name, seed)
 
 # %% ../../nbs/39_models.registry.ipynb #bc1b47fe
@@ -398,18 +396,5 @@ register(Method("student", "student", "vermilion", "o", "student", (*TEXT, "teac
 def methods_frame() -> pd.DataFrame: # One row a method
     "List the methods with what they are and read."
     rows = [dict(name=n, label=m.label, group=m.group, reads=", ".join(m.reads), options=len(m.config.names()),
-                 searched=len(m.space),
-                 learns_from=m.learns_from) for n, m in _METHODS.items()]
+                 searched=len(m.space), learns_from=m.learns_from) for n, m in _METHODS.items()]
     return pd.DataFrame(rows).set_index("name")
-
-
-def _space_text(s) -> str: # One option's space in words
-    return f"{s[0]:g} to {s[1]:g}, {s[2]}" if len(s) == 3 and s[2] in ("linear", "log",
-                                                                       "int") else " | ".join(map(str, s))
-
-
-def space_frame(names=None) -> pd.DataFrame: # One row a method and option
-    "List what is searched."
-    rows = [dict(model=n, option=o, space=_space_text(s), default=str(method(n).defaults()[o]))
-            for n in names or _METHODS for o, s in method(n).space.items()]
-    return pd.DataFrame(rows).set_index(["model", "option"])
