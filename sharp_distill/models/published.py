@@ -25,9 +25,10 @@ from sharp_distill.models.teacher import (
     SIDES, PartsConfig, TeacherConfig, TeacherModule, TeacherState, build_network, hgnn_scores, network_scores,
     teacher_loss)
 from .student import StudentState, row_scores
+from .targets import (
+    DistillationTargets, SoftLabels, TargetConfig, annealed, soft_label_loss, temperature_at)
 from .distillation import (
-    DistillationTargets, SoftLabels, StudentConfig, StudentModule, TargetConfig, annealed, build_student, distill_loss,
-    prepare_targets, soft_label_loss, soft_loss, soft_share, temperature_at)
+    StudentConfig, StudentModule, build_student, distill_loss, prepare_targets, soft_loss, soft_share)
 
 # %% ../../nbs/38_models.published.ipynb #800fb448
 @dataclass(frozen=True)
