@@ -122,7 +122,7 @@ OTHERS = {
     "ablation": TINY | dict(component="soft_labels"), "sensitivity": TINY | dict(param="alpha", values="0,1"),
     "scalability": TINY | dict(shares="0.5,1", nodes="300"), "reproduce": TINY | dict(models="popularity,student"),
     "speed_report": dict(preset="quick", repeats=3, budget_s=1.0, threads=1, text=False), "leaderboard": {}, "results": {}, "limits": None, "rely": None, "map": None,
-    "train_encoder": dict(n_windows=300, steps=10, adapt_steps=3, vocab_size=800),
+    "train_encoder": dict(n_windows=300, steps=30, adapt_steps=3, vocab_size=800),
     "encoder_report": dict(encoders="none,tfidf", regs="300,600", text_weights="1,3")}
 
 

@@ -290,8 +290,8 @@ for m in (
 # %% ../../nbs/39_models.registry.ipynb #5e9a0002
 register(Method("sasrec", "SASRec", "green", "d", "competing model", (*IDS, "times"), SASRecConfig,
                 _watched(fit_sasrec), dict(
-    lr=(1e-4, 3e-3, "log"), dropout=(.1, .6, "linear"), reg=(1e-6, .01, "log"), n_layers=(1, 3, "int"),
-    emb_dim=(64, 128), max_len=(20, 50, 100), patience=(5, 10)), trained=True))
+    lr=(1e-4, 3e-3, "log"), dropout=(.1, .6, "linear"), n_layers=(1, 3, "int"),
+    emb_dim=(64, 128), max_len=(20, 50, 100), patience=(5, 8)), trained=True))
 
 # %% ../../nbs/39_models.registry.ipynb #1ec3eb7a
 @dataclass(frozen=True)

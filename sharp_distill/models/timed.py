@@ -92,7 +92,7 @@ def timed_weights(R: sp.csr_matrix, # [U, I]
         gram = add_gram(item_gram(R, cfg.edge_power), text_gram(text), cfg.text_weight * unit)
         return solve_ridge(gram, cfg.reg, overwrite=True)
     gram = ItemGram(sparse_gram(R, cfg.edge_power), text_likeness(text), unit)
-    near = nearest_items(gram, n or N_NEIGHBOURS, cfg.text_weight)
+    near = nearest_items(gram, min(n or N_NEIGHBOURS, R.shape[1] - 1), cfg.text_weight)
     return solve_local(gram, near, [dict(ridge=cfg.reg, text_weight=cfg.text_weight)])[0]
 
 # %% ../../nbs/33_models.timed.ipynb #7a330014
