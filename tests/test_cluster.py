@@ -27,12 +27,13 @@ def two_workers():
 
 
 @pytest.fixture
-def own_worker():
-    "One worker of 300 MiB for tests that kill it; a block is given up with the second death."
+def own_worker(request):
+    "One worker of 1500 MiB, or as much as is asked, for tests that kill it; a block is given up with the second death."
     import dask
     from distributed import LocalCluster
+    memory = getattr(request, "param", "1500MiB") # what this module imports, torch among it, takes some 600
     with dask.config.set({"distributed.scheduler.allowed-failures": 1}):
-        with LocalCluster(n_workers=1, threads_per_worker=1, memory_limit="300MiB", dashboard_address=None) as cluster: yield cluster.scheduler_address
+        with LocalCluster(n_workers=1, threads_per_worker=1, memory_limit=memory, dashboard_address=None) as cluster: yield cluster.scheduler_address
 
 
 def products(span, X, killer=None):
@@ -44,7 +45,7 @@ def products(span, X, killer=None):
 
 
 def too_large(span):
-    held = np.ones(400 * 2**17)
+    held = np.ones(2000 * 2**17) # 2000 MiB
     time.sleep(20)
     return len(held)
 
@@ -272,6 +273,7 @@ def test_a_worker_out_of_memory_says_what_to_lower(own_worker):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("own_worker", ["300MiB"], indirect=True)
 def test_a_worker_without_memory_for_the_ridge_says_what_to_lower(own_worker):
     gram = item_gram(8000)
     with on_cluster(own_worker): said = refused(ridge_of, gram, 200) # 300 MiB do not even hold torch
