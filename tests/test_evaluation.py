@@ -16,9 +16,9 @@ from sharp_distill.data.evaluation import (
     popularity_groups, rank_topk, recommend_topk, restrict, strata, t_interval)
 from sharp_distill.data.interactions import from_frame, make_sample
 from sharp_distill.data.protocol import (
-    HALF_LIVES, cold_half_life, over_cuts, read_window, refit_split, with_history, with_popularity_fallback)
+    cold_half_life, over_cuts, read_window, refit_split, with_history, with_popularity_fallback)
 from sharp_distill.data.split import make_split, split_from_parts
-from sharp_distill.data.time import decayed_popularity
+from sharp_distill.data.time import HALF_LIVES, decayed_popularity
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..core import UserError
+from ..data.time import age_weights
 
 # %% ../../nbs/43_serve.moments.ipynb #43e00008
 def check_moment(rec, at: int) -> int: # Unix seconds
@@ -25,8 +26,8 @@ def check_moment(rec, at: int) -> int: # Unix seconds
 # %% ../../nbs/43_serve.moments.ipynb #43e00028
 def aged_rows(rec, users, at: int) -> sp.csr_matrix: # int64 [n] -> float64 [n, I]
     "Return the weights of users' rows by their age at a moment."
-    days = (at - np.asarray(rec.times, np.int64)) / 86_400 if rec.half_life else 0.
-    weights = np.exp2(-np.minimum(days / (rec.half_life or 1.), 100.)) * np.ones(len(rec.train.indices))
+    rows = rec.train.indices if rec.times is None else rec.times # without times every row counts 1
+    weights = age_weights(rows, rec.half_life, at)
     return sp.csr_matrix((weights, rec.train.indices, rec.train.indptr), shape=rec.train.shape)[users]
 
 
@@ -66,9 +67,8 @@ def _joined(rec, users, items, times, n_users: int) -> tuple: # csr [U', I] of o
 
 # %% ../../nbs/43_serve.moments.ipynb #43e0002d
 def _counted_trend(rec, R, times, at: int) -> np.ndarray: # float32 [I], mean 0, deviation 1
-    half_life = rec.facts.get("trend_half_life", 0.)
-    ages = np.minimum((at - times) / (86_400 * half_life), 100.) if half_life else np.zeros(len(times))
-    popular = np.bincount(R.indices, np.exp2(-ages), R.shape[1])
+    weights = age_weights(times, rec.facts.get("trend_half_life", 0.), at)
+    popular = np.bincount(R.indices, weights, R.shape[1])
     return ((popular - popular.mean()) / max(popular.std(), 1e-9)).astype(np.float32)
 
 # %% ../../nbs/43_serve.moments.ipynb #43e0002f
