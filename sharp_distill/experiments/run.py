@@ -33,7 +33,7 @@ from ..data.sources import bare_name
 from ..data.split import Split
 from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, ReviewEmbeddings, encode_reviews
-from ..models.teacher import TeacherConfig
+from ..models.teacher import CUT_IN_TIME, TeacherConfig
 from ..models.teacher_products import BLOCKS_UP_TO
 from ..models.student import StudentState
 from ..models.distillation import StudentConfig, TargetConfig, distill
@@ -213,13 +213,17 @@ def run_fits(prepared: Prepared, cfg: RunConfig) -> Fits:
 
 def fit_on_grid(name: str, fits: Fits, seed: int = 0) -> Scorer:
     "Fit a method with the best values of its small grid on validation; its seconds are those of all fits."
-    m = method(name)
-    if not m.grid: return fits.fit(name, seed)
-    fit = lambda o: fit_method(name, fits.split, fits.reviews, fits.config(name, seed=seed).replace(**o), fits)
-    ndcg = lambda o: evaluate(fit(o), fits.split, "valid", ks=(10,)).mean("NDCG@10")
-    with Stopwatch() as t:
-        scorer = fit(coordinate_search({o: fits.config(name).flat()[o] for o in m.grid}, m.grid, ndcg))
-    return replace(scorer, train_s=t.s)
+    m, options, best = method(name), fits.config(name).flat(), []
+    in_time = m.in_time if fits.split.protocol in CUT_IN_TIME else {}
+    grid = m.grid | {o: v for o, v in in_time.items() if options[o] >= 0} # -1: the fit itself chooses
+    if not grid: return fits.fit(name, seed)
+    def ndcg(o): # keeps the best scorer
+        scorer = fit_method(name, fits.split, fits.reviews, fits.config(name, seed=seed).replace(**o), fits)
+        found = evaluate(scorer, fits.split, "valid", ks=(10,)).mean("NDCG@10")
+        if not best or found > best[0]: best[:] = found, scorer
+        return found
+    with Stopwatch() as t: coordinate_search({o: options[o] for o in grid}, grid, ndcg)
+    return replace(best[1], train_s=t.s)
 
 # %% ../../nbs/52_experiments.run.ipynb #05067db1
 @dataclass(frozen=True, eq=False)

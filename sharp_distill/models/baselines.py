@@ -27,7 +27,8 @@ from .hypergraphs import SparseOp, build_hypergraphs, safe_power
 from sharp_distill.models.item_filter import (
     N_NEIGHBOURS, ItemGram, add_gram, filter_scores, item_gram, nearest_items, solve_local, solve_ridge, sparse_gram,
     text_gram, text_likeness)
-from .training import TrainConfig, fit, l2_penalty, mask_train, ranking_loss, sample_candidates
+from .training import (
+    BY_AGE, TrainConfig, fit, l2_penalty, mask_train, ranking_loss, row_weights, sample_candidates)
 
 # %% ../../nbs/33_models.baselines.ipynb #052a37ae
 def stored_bytes(*arrays) -> int: # numpy arrays and scipy csr matrices
@@ -289,6 +290,7 @@ class RankingConfig(TrainConfig):
     emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
     cosine: bool = option(False, "score by cosine instead of dot product")
     temperature: float = option(1., "divides the scores in the loss", lo=1e-3)
+    row_half_life: float = option(0., BY_AGE, lo=0.)
 
 # %% ../../nbs/33_models.baselines.ipynb #1b2068d2
 @dataclass(frozen=True)
@@ -355,7 +357,8 @@ def fit_ranking_model(name: str, split,
         if watch: watch(len(seen) - 1, seen[-1])
         return seen[-1]
     history = fit(model, (split.train.user_idx, split.train.item_idx),
-                  lambda u, i, epoch, gen: loss_fn(model, train, u, i, gen), validate, model.cfg, checkpoint, name)
+                  lambda u, i, epoch, gen: loss_fn(model, train, u, i, gen), validate, model.cfg, checkpoint, name,
+                  weight=row_weights(split.train, model.cfg.row_half_life))
     n_params = sum(p.numel() for p in model.parameters())
     found = embedding_scorer(name, *final_embeddings(model), history.train_s, n_params, model.cfg.to_dict(), history)
     return replace(found, chosen=dict(epochs=history.best_epoch + 1))

@@ -34,8 +34,8 @@ class SASRecConfig(TrainConfig):
     epochs: int = option(100, "most passes over the windows", lo=0)
     reg: float = option(0., "L2 weight on the embeddings of a batch's next items", lo=0.)
     loss: str = option("softmax", "ranking loss", choices=("softmax",))
-    emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
-    n_layers: int = option(2, "blocks L", lo=0, hi=16)
+    emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
+    n_layers: int = option(1, "blocks L", lo=0, hi=16)
     n_heads: int = option(2, "attention heads, a divisor of emb_dim", lo=1, hi=64)
     max_len: int = option(50, "most rows of a history that are read", lo=1, hi=4096)
     dropout: float = option(.5, "share of the features that is dropped in training", lo=0., hi=.95)
@@ -121,27 +121,35 @@ class Block(nn.Module):
         x = x + self.drop(self.out(causal_attention(self.qkv(self.norm1(x)), grids, self.n_heads)))
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
 
-
+# %% ../../nbs/34_models.sequential.ipynb #5e9000a5
 class SASRec(nn.Module):
     "A causal transformer whose output is compared with its own item embeddings."
-    def __init__(self, n_items: int, cfg: SASRecConfig, device="cpu"):
+    def __init__(self, n_items: int, cfg: SASRecConfig, device="cpu", text=None): # float32 [I, d_t]; None: ids only
         super().__init__()
         d, gen = cfg.emb_dim, torch_rng(cfg.seed, "sasrec")
         if d % cfg.n_heads: raise UserError(f"n_heads is {cfg.n_heads}: expected a divisor of emb_dim {d}; the nearest "
                                             f"good choice is {math.gcd(d, cfg.n_heads)}.")
         self.cfg, self.drop, self.norm = cfg, nn.Dropout(cfg.dropout), nn.LayerNorm(d)
         self.item, self.place = nn.Embedding(n_items, d), nn.Embedding(cfg.max_len, d)
+        self.text_in = None if text is None else nn.Linear(text.shape[1], d, bias=False)
+        if text is not None: self.register_buffer("text", torch.as_tensor(text / max(np.sqrt((text**2).mean()), 1e-9)))
         self.blocks = nn.ModuleList(Block(d, cfg.n_heads, cfg.dropout) for _ in range(cfg.n_layers))
         for name, w in self.named_parameters():
             if w.dim() > 1: w.data.normal_(0, .02, generator=gen)
             elif "norm" not in name: w.data.zero_()
+        if text is not None: self.text_in.weight.data *= text.shape[1] ** -.5
         self.to(device)
+
+    def table(self): # [I, d]
+        "Return the items' embeddings, text included."
+        return self.item.weight if self.text_in is None else self.item.weight + self.text_in(self.text)
 
     def forward(self, item, p: Packed): # int64 [P] -> [P, d]
         "Return what is said after each position."
-        device = self.item.weight.device
+        E = self.table()
+        device = E.device
         grids = tuple((a, b, cell.to(device), B, T) for a, b, cell, B, T in p.grids)
-        x = self.drop(self.item(item.to(device)) + self.place(p.place.to(device)))
+        x = self.drop(F.embedding(item.to(device), E) + self.place(p.place.to(device)))
         for block in self.blocks: x = block(x, grids)
         return self.norm(x)
 
@@ -204,7 +212,7 @@ def seeded(gen, device):
 
 def next_item_loss(model: SASRec, h: Histories, start, length, gen): # int64 [W], [W]
     "Return (total, parts) of some windows: at each row, the softmax loss of the row that comes next."
-    cfg, p, E = model.cfg, pack(start, length), model.item.weight
+    cfg, p, E = model.cfg, pack(start, length), model.table()
     target = h.item[p.row + 1]
     with seeded(gen, E.device): x = model(h.item[p.row], p)
     rank = catalogue_loss(x, E, target, h.weight[p.row + 1], cfg.n_negatives, gen)
@@ -244,12 +252,13 @@ class SequenceState:
 
 def train_sasrec(split, cfg: SASRecConfig = SASRecConfig(),
                  checkpoint=None, # File to continue from
-                 watch=None) -> SequenceState: # Called with (validations so far, NDCG@10); may raise to stop
+                 watch=None, # Called with (validations so far, NDCG@10); may raise to stop
+                 text=None) -> SequenceState: # float32 [I, d_t] review vectors of the items; None: ids only
     "Train SASRec, with early stopping on validation NDCG@10 or, without validation rows, for all epochs."
     h, seen = histories(split.train, cfg.half_life), []
     start, length = windows(h, cfg.max_len)
-    model = SASRec(split.n_items, cfg, pick_device(cfg.device))
-    items = lambda: model.item.weight.detach().float().cpu()
+    model = SASRec(split.n_items, cfg, pick_device(cfg.device), text)
+    items = lambda: model.table().detach().float().cpu()
     def validate():
         seen.append(valid_ndcg(lambda u: user_states(model, h, u) @ items().T, split))
         if watch: watch(len(seen) - 1, seen[-1])
@@ -261,8 +270,9 @@ def train_sasrec(split, cfg: SASRecConfig = SASRecConfig(),
     return SequenceState(user_emb, items().numpy(), sum(w.numel() for w in model.parameters()), cfg, history)
 
 
-def fit_sasrec(split, cfg: SASRecConfig = SASRecConfig(), checkpoint=None, watch=None) -> Scorer:
+def fit_sasrec(split, cfg: SASRecConfig = SASRecConfig(), checkpoint=None, watch=None,
+               text=None) -> Scorer: # float32 [I, d_t] review vectors of the items; None: ids only
     "Train SASRec as a method of the tables."
-    s = train_sasrec(split, cfg, checkpoint, watch)
-    found = embedding_scorer("sasrec", s.user_emb, s.item_emb, s.history.train_s, s.n_params, cfg.to_dict(), s.history)
+    s, name = train_sasrec(split, cfg, checkpoint, watch, text), "sasrec" if text is None else "sasrec+text"
+    found = embedding_scorer(name, s.user_emb, s.item_emb, s.history.train_s, s.n_params, cfg.to_dict(), s.history)
     return replace(found, state=s, chosen=dict(epochs=s.history.best_epoch + 1))
