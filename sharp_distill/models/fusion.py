@@ -57,7 +57,7 @@ def fusion_ndcg(parts: dict, # Name -> callable, user_idx int64 [B] -> float32 [
     return np.array([ndcg(t).mean() for t in found])
 
 # %% ../../nbs/32_models.fusion.ipynb #f051000f
-WEIGHTS = (0., .1, .25, .5, 1., 2., 4., 8.)
+WEIGHTS = (0., 1 / 32, 1 / 16, 1 / 8, .25, .5, 1., 2., 4., 8.)
 
 
 def choose_weights(parts: dict, # Name -> callable; the first is the anchor
