@@ -32,6 +32,11 @@ class Budget(Config):
     warmup: int = option(3, "validations before a training may be cut", lo=0)
     search_seed: int = option(0, "seed of the search and of the trainings in it", lo=0)
 
+    def share(self, split) -> "Budget": # Of one window: `split.cuts`, `split.cut`
+        "Spread the settings evenly over the windows of a temporal split; the seconds hold for each window."
+        n, left = divmod(self.n_trials, split.cuts)
+        return self.replace(n_trials=max(n + (split.cut < left), 1))
+
 # %% ../../nbs/55_experiments.search.ipynb #64fb694c
 def _scale(s): # One option's space -> "choice", "linear", "log" or "int"
     return s[2] if len(s) == 3 and s[2] in ("linear", "log", "int") else "choice"
