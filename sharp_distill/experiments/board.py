@@ -79,7 +79,7 @@ def _check_split(folder, name: str, split: Split, cut=None):
     "Refuse rows of another split, or of another number of windows."
     stored = _stored_split(folder, name)
     own = {f"split{_at(cut)}": split.sha} | ({} if cut is None else {"cuts": str(split.cuts)})
-    said = lambda d: ", ".join(f"{k} {v}" for k, v in d.items())
+    said = lambda d: ", ".join(f"{k} {v}" for k, v in sorted(d.items()))
     if stored and (("cuts" in own) != ("cuts" in stored) or any(stored.get(k, v) != v for k, v in own.items())):
         raise UserError(f"leaderboard {name!r} in {folder} is of {said(stored)}, these rows are of {said(own)}: give "
                         f"another folder, or delete its files.")
