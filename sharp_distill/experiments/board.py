@@ -29,7 +29,7 @@ from .ledger import note_reading
 from sharp_distill.experiments.rows import (
     board_frame, by_cut, by_model, fit_row, forget_seed, options_of, over_windows, stratum_frame, whole_models,
     window_facts)
-from .search import Budget, chosen, open_study, search_row, tune, wants_more
+from .search import Budget, chosen, open_study, search_row, searched, tune, wants_more
 
 # %% ../../nbs/56_experiments.board.ipynb #e2d13857
 def board_name(dataset: str, protocol: str = "random") -> str:
@@ -171,7 +171,7 @@ def _write_tests(folder, name, windows, rows, searches, against):
     path, rows = board_path(folder, name, "tests.json"), read_board(folder, name, False) or rows
     old, users = read_json(path) if path.exists() else {}, users_frame(folder, name, rows)
     known = old.get("searches", {})
-    spaces = {n: {o: list(s) for o, s in method(n).space.items()} for n in searches} # as they were searched
+    spaces = {n: {o: list(s) for o, s in searched(n, windows[0]).space.items()} for n in searches} # as they were searched
     tests = lambda who, key: board_tests(users, rows, who, old.get(key, []))
     out = dict(dataset=name, split=_about(windows, old.get("split", {})), encoder=windows[0].reviews.encoder,
                metric="NDCG@10", against=against,
@@ -202,14 +202,14 @@ def made_of(name: str, fits: Fits) -> list: # Names, each after what it is made 
     "Return the methods that are fitted inside another on this split."
     m, inner = method(name), []
     if m.learns_from: inner += [*made_of(m.learns_from, fits), m.learns_from]
-    in_time = fits.split.protocol == "temporal" and fits.config(name).flat().get("sequence") in ("auto", "sasrec")
-    return inner + ["sasrec"] * in_time
+    in_time = fits.split.protocol == "temporal" and fits.config(name).flat().get("sequence") in ("auto", "sasrec+text")
+    return inner + ["sasrec+text"] * in_time
 
 
 def run_model(folder, board: str, name: str, fits: Fits, budget: Budget, # Of this window
               until: float = np.inf) -> dict | None: # Its search, if complete
     "Tune one model, then fit and write its missing rows; what it is made of is tuned before."
-    m, in_time = method(name), fits.split.protocol == "temporal"
+    m, in_time = searched(name, fits), fits.split.protocol == "temporal"
     for other in made_of(name, fits):
         if not _settled(folder, board, other, fits, budget, until): return None
     study = tune(name, fits, budget, until=until)
@@ -238,7 +238,7 @@ def recall_options(fits: Fits, rows: list = (), budget: Budget | None = None,
     for name in names or dict.fromkeys(inner for n in methods() for inner in made_of(n, fits)):
         study = budget and open_study(name, fits, budget)
         of = [options_of(r) for r in _rows_at(rows, fits.split) if r["model"] == name][-1:]
-        if study and not wants_more(study, method(name), budget): of = [chosen(study, method(name))]
+        if study and not wants_more(study, searched(name, fits), budget): of = [chosen(study, searched(name, fits))]
         for options in of: _take(name, fits, options); found.add(name)
     return found
 
@@ -246,8 +246,8 @@ def recall_options(fits: Fits, rows: list = (), budget: Budget | None = None,
 def _settled(folder, board, name, fits, budget, until) -> bool: # Whether a part of another model has its options
     if recall_options(fits, read_board(folder, board, begun=False), budget, [name]): return True
     study = tune(name, fits, budget, until=until)
-    if wants_more(study, method(name), budget): return False
-    _take(name, fits, chosen(study, method(name)))
+    if wants_more(study, searched(name, fits), budget): return False
+    _take(name, fits, chosen(study, searched(name, fits)))
     return True
 
 # %% ../../nbs/56_experiments.board.ipynb #1554a64e

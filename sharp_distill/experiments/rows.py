@@ -47,7 +47,8 @@ def board_row(scorer: Scorer, split: Split, seed: int) -> tuple: # (row, EvalRes
 
 def options_of(row: dict) -> dict: # Option -> value
     "Return the searched options of a row."
-    return {o: row["config"][o] for o in method(row["model"]).space if o in row["config"]}
+    m = method(row["model"]).under("temporal" if "cut" in row else "random")
+    return {o: row["config"][o] for o in m.space if o in row["config"]}
 
 # %% ../../nbs/55_experiments.rows.ipynb #13f61ee9
 def window_facts(split: Split) -> dict: # Ready for JSON
