@@ -171,7 +171,8 @@ def _write_tests(folder, name, windows, rows, searches, against):
     path, rows = board_path(folder, name, "tests.json"), read_board(folder, name, False) or rows
     old, users = read_json(path) if path.exists() else {}, users_frame(folder, name, rows)
     known = old.get("searches", {})
-    spaces = {n: {o: list(s) for o, s in searched(n, windows[0]).space.items()} for n in searches} # as they were searched
+    space = lambda n: searched(n, windows[0]).space
+    spaces = {n: {o: list(s) for o, s in space(n).items()} for n in searches} # as they were searched
     tests = lambda who, key: board_tests(users, rows, who, old.get(key, []))
     out = dict(dataset=name, split=_about(windows, old.get("split", {})), encoder=windows[0].reviews.encoder,
                metric="NDCG@10", against=against,
@@ -242,7 +243,7 @@ def recall_options(fits: Fits, rows: list = (), budget: Budget | None = None,
         for options in of: _take(name, fits, options); found.add(name)
     return found
 
-# %% ../../nbs/56_experiments.board.ipynb #1554a64d
+
 def _settled(folder, board, name, fits, budget, until) -> bool: # Whether a part of another model has its options
     if recall_options(fits, read_board(folder, board, begun=False), budget, [name]): return True
     study = tune(name, fits, budget, until=until)
