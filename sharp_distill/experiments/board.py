@@ -203,8 +203,8 @@ def made_of(name: str, fits: Fits) -> list: # Names, each after what it is made 
     "Return the methods that are fitted inside another on this split."
     m, inner = method(name), []
     if m.learns_from: inner += [*made_of(m.learns_from, fits), m.learns_from]
-    in_time = fits.split.protocol == "temporal" and fits.config(name).flat().get("sequence") in ("auto", "sasrec+text")
-    return inner + ["sasrec+text"] * in_time
+    part = fits.config(name).flat().get("sequence", "none")
+    return inner if part == "none" else [*inner, part]
 
 
 def run_model(folder, board: str, name: str, fits: Fits, budget: Budget, # Of this window

@@ -87,7 +87,8 @@ def study_path(name: str, fits: Fits, budget: Budget, folder=None) -> Path: # It
     "Name the log of one model's search on one split."
     folder = Path(folder or cache_dir("studies", fits.split.sha))
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{name}-{content_sha(repr(searched(name, fits).space), fits.reviews.encoder, budget.search_seed)}.log"
+    key = content_sha(repr(searched(name, fits).space), fits.reviews.encoder, budget.search_seed)
+    return folder / f"{name}-{key}.log"
 
 
 def study_lock(path: Path) -> FileLock: # One object a path: who holds it may take it again

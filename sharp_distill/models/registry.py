@@ -31,7 +31,6 @@ from .timed import (
 from .competitors import (
     AlphaRecConfig, HCCFConfig, HGAttConfig, LightHGNNConfig, SimRecConfig, fit_alpharec, fit_hccf, fit_hgatt,
     fit_lighthgnn, fit_simrec, fit_text_lightgcn)
-from .training import ALL_ITEMS
 from .sequential import SASRecConfig, fit_sasrec
 from .teacher import (
     CUT_IN_TIME, ROW_HALF_LIVES, PartsConfig, TeacherConfig, fit_filter, teacher_scorer, teacher_scores, train_teacher)
@@ -357,9 +356,7 @@ def _fit_teacher(split, reviews, cfg, fits=None, watch=None):
         ridge = ItemRidgeConfig(**{n: getattr(parts, n) for n in ItemRidgeConfig.names()})
         fit_ridge = lambda: fit_method("item_ridge", split, reviews, ridge, fits)
         found = fits.keep(("item_ridge", ridge.sha()), fit_ridge).state
-    in_time = split.protocol in CUT_IN_TIME and split.n_items <= ALL_ITEMS
-    wanted = parts.sequence == "sasrec+text" or parts.sequence == "auto" and in_time
-    sequence = fits.fit("sasrec+text", cfg.seed) if wanted else None
+    sequence = None if parts.sequence == "none" else fits.fit(parts.sequence, cfg.seed)
     return teacher_scorer(train_teacher(split, reviews, cfg, item_filter=found, sequence=sequence))
 
 

@@ -46,8 +46,7 @@ class PartsConfig(Config):
     "What stands beside the networks; what is left open is chosen on validation."
     item_filter: str = option("ridge", "item-item ridge beside the networks", choices=("ridge", "none"))
     session_weight: float = option(2., "weight of a session's hyperedge beside a user's; 0: no sessions", lo=0.)
-    sequence: str = option("auto", "SASRec beside the networks; auto: where the split is cut in time",
-                           choices=("auto", "sasrec+text", "none"))
+    sequence: str = option("none", "a sequential network beside them", choices=("none", "sasrec+text"))
     ridge: float = option(0., "ridge of the closed form; 0: chosen", lo=0.)
     text_weight: float = option(-1., "weight of the words in it; -1: chosen", lo=-1.)
     n_neighbours: int = option(0, "neighbours of an item in it; 0: chosen", lo=0)
