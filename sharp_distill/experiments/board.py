@@ -276,7 +276,7 @@ def run_board(folder, board: str, fits, # A `Fits`, or one a window
             if done: searches.append(done)
             at = f", cut {f.split.cut}" if f.split.protocol == "temporal" else ""
             if report: report(f"{board} {name}{at}: {'complete' if done else 'not complete'}, {w.s:.0f} s")
-            if at: [g.memo.clear() for g in (f, f.refitted)]
+            if at: [g.memo.clear() for g in (f, vars(f).get("refitted")) if g] # only one window is held
         done = {name: searches if "cut" in searches[0] else searches[0]} if searches else {}
         if done: write_tests(folder, board, windows, read_board(folder, board), done)
     return read_board(folder, board)
