@@ -69,6 +69,11 @@ class Job(Config):
     def run_id(self) -> str: return self.replace(dataset=self.data.dataset_name).sha()
 
 # %% ../../nbs/53_experiments.grid.ipynb #f584546c
+TEACHERS = TeacherConfig, PublishedTeacherConfig
+STUDENTS = StudentConfig, NoDistillationConfig, PublishedStudentConfig
+TARGETS = (TargetConfig, PublishedTargetConfig)
+
+
 def config_from(options: dict, *kinds): # `Config` classes, the plainest first
     "Build the first of some configs that knows all options."
     known = next((k for k in kinds if set(options) <= set(k.names())), kinds[-1])
@@ -103,7 +108,7 @@ def make_job(cfg: RunConfig, change: Change = Change("full"), seed: int | None =
     job = Job(data=run.data, split=run.split, seed=run.seed, encoder=run.encoder, content=_content(run.data.dataset),
               reviews=merged(run.reviews, change.reviews, ReviewConfig),
               teacher=merged(teacher_config(run), change.teacher, TeacherConfig, PublishedTeacherConfig),
-              student=merged(student, change.student, StudentConfig, PublishedStudentConfig),
+              student=merged(student, change.student, *STUDENTS),
               targets=merged(ours.targets, change.targets, TargetConfig, PublishedTargetConfig)).replace(**change.job)
     method(job.model)
     return job
@@ -191,10 +196,6 @@ def teacher_and_targets(job: Job, split, reviews) -> tuple: # (TeacherState, Dis
                    lambda: train_teacher(split, reviews, cfg, checkpoint=folder / "training.safetensors"))
     name = "targets-" + content_sha(job.targets, job.student["emb_dim"], job.student["seed"])
     return state, cached(folder, name, lambda: gather(state))
-
-
-TEACHERS, STUDENTS = (TeacherConfig, PublishedTeacherConfig), (StudentConfig, PublishedStudentConfig)
-TARGETS = (TargetConfig, PublishedTargetConfig)
 
 # %% ../../nbs/53_experiments.grid.ipynb #b8f16fd1
 def cka(x, y) -> float: # [n, a], [n, b]; 0 to 1

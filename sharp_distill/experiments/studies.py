@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMPONENTS', 'ANALYSES', 'HYPERPARAMETERS', 'StudyConfig', 'study_jobs', 'run_study', 'component_changes',
            'without_distillation', 'transfer_changes', 'attention_changes', 'loss_changes', 'text_changes',
-           'AblationConfig', 'ablation_changes', 'study_frame', 'alignment_frame', 'difference_frame', 'Hyperparameter',
-           'SensitivityConfig', 'spread', 'swept_values', 'sweep_changes', 'sweep_frame', 'ScalabilityConfig',
-           'share_changes', 'measured_checks', 'ReproduceConfig', 'reproduce_jobs', 'beside_published',
-           'retained_frame']
+           'time_changes', 'AblationConfig', 'ablation_changes', 'study_frame', 'alignment_frame', 'difference_frame',
+           'Hyperparameter', 'SensitivityConfig', 'spread', 'swept_values', 'sweep_changes', 'sweep_frame',
+           'ScalabilityConfig', 'share_changes', 'measured_checks', 'ReproduceConfig', 'reproduce_jobs',
+           'beside_published', 'retained_frame']
 
 # %% ../../nbs/54_experiments.studies.ipynb #501b0ea5
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from ..paper import PAPER_TABLE1
 from ..data.evaluation import t_interval
 from ..data.sources import bare_name
 from ..models.registry import methods
+from ..models.teacher import CUT_IN_TIME
 from .run import RunConfig
 from .grid import Change, LaunchConfig, job_folder, launch, make_job
 
@@ -111,15 +112,25 @@ def text_changes() -> list:
     names = (("TF-IDF", "tfidf"), ("DeBERTa (shipped)", "shipped"), ("shuffled text", "shuffled"), ("no text", "none"))
     return [Change(name, run=dict(encoder=e)) for name, e in names]
 
+# %% ../../nbs/54_experiments.studies.ipynb #ec6404ee
+def time_changes() -> list:
+    "List the parts of a teacher that reads time, each alone, left out, or told to forget the clock."
+    one = lambda name, **options: Change(name, teacher=options)
+    return [Change("the defaults"), one("networks alone", item_filter="none", weights="networks=1"),
+            one("item-item ridge alone", weights="ridge=1"), one("trend alone", weights="trend=1"),
+            one("no item-item ridge", item_filter="none"), one("rows drawn alike in training", row_half_life=0.),
+            one("histories that do not fade", half_life=0.), one("no sessions", session_weight=0.),
+            one("with SASRec + text", sequence="sasrec+text"), without_distillation("no distillation at all")]
+
 # %% ../../nbs/54_experiments.studies.ipynb #706f9851
-ANALYSES = ("components", "knowledge_transfer", "attention", "losses", "text")
+ANALYSES = ("components", "knowledge_transfer", "attention", "losses", "text", "time")
 
 
 @dataclass(frozen=True)
 class AblationConfig(StudyConfig):
     "Options of the ablation."
-    analysis: str = option("components", "components, knowledge_transfer, attention, losses, text; several with "
-                                         "commas, or all")
+    analysis: str = option("components", "components, knowledge_transfer, attention, losses, text, time; several, "
+                           "or all")
     component: str = option("all", "which components are taken out; several with commas, or all")
 
 
@@ -129,8 +140,14 @@ def ablation_changes(cfg: AblationConfig) -> dict: # analysis -> list of Change;
     if cfg.component == "all": parts.append(without_distillation("no distillation at all"))
     lists = dict(components=[Change("full model"), *parts], knowledge_transfer=transfer_changes(cfg.run),
                  attention=attention_changes(),
-                 losses=loss_changes(cfg.run), text=text_changes())
-    return {a: lists[a] for a in pick(cfg.analysis, ANALYSES, "analysis")}
+                 losses=loss_changes(cfg.run), text=text_changes(), time=time_changes())
+    asked = pick(cfg.analysis, ANALYSES, "analysis")
+    if cfg.run.split not in CUT_IN_TIME and "time" in asked:
+        if cfg.analysis != "all":
+            raise UserError(f"split is {cfg.run.split!r} with analysis 'time': expected one that is cut in time, "
+                            f"{' or '.join(CUT_IN_TIME)}.")
+        asked.remove("time")
+    return {a: lists[a] for a in asked}
 
 # %% ../../nbs/54_experiments.studies.ipynb #bf6ef5d7
 def _records(jobs: dict, output_dir): # Yields (variant, seed, record) of the finished runs

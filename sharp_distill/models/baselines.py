@@ -6,8 +6,9 @@
 __all__ = ['stored_bytes', 'PopularityConfig', 'fit_popularity', 'item_graph', 'item_scorer', 'ItemKNNConfig', 'fit_itemknn',
            'RP3betaConfig', 'fit_rp3beta', 'GFCFConfig', 'fit_gfcf', 'EASEConfig', 'TextEASEConfig', 'fit_ease',
            'fit_kernel_ease', 'fit_text_ease', 'LocalEASEConfig', 'LocalTextEASEConfig', 'fit_local_ease', 'SLIMConfig',
-           'slim_weights', 'fit_slim', 'embedding_scorer', 'IALSConfig', 'fit_ials', 'RankingConfig', 'LightGCNConfig',
-           'LightGCN', 'pair_loss', 'final_embeddings', 'fit_ranking_model', 'fit_lightgcn', 'BPRMFConfig', 'fit_bprmf']
+           'slim_weights', 'fit_slim', 'embedding_scorer', 'IALSConfig', 'fit_ials', 'RankingConfig',
+           'AgedRankingConfig', 'LightGCNConfig', 'LightGCN', 'pair_loss', 'final_embeddings', 'fit_ranking_model',
+           'fit_lightgcn', 'BPRMFConfig', 'fit_bprmf']
 
 # %% ../../nbs/33_models.baselines.ipynb #28dd0d6e
 import warnings
@@ -290,11 +291,16 @@ class RankingConfig(TrainConfig):
     emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
     cosine: bool = option(False, "score by cosine instead of dot product")
     temperature: float = option(1., "divides the scores in the loss", lo=1e-3)
+
+
+@dataclass(frozen=True)
+class AgedRankingConfig(RankingConfig):
+    "Options of those that may draw rows by their age."
     row_half_life: float = option(0., BY_AGE, lo=0.)
 
 # %% ../../nbs/33_models.baselines.ipynb #1b2068d2
 @dataclass(frozen=True)
-class LightGCNConfig(RankingConfig):
+class LightGCNConfig(AgedRankingConfig):
     "Options of LightGCN."
     n_layers: int = option(3, "propagation steps L", lo=0, hi=16)
 
@@ -358,7 +364,7 @@ def fit_ranking_model(name: str, split,
         return seen[-1]
     history = fit(model, (split.train.user_idx, split.train.item_idx),
                   lambda u, i, epoch, gen: loss_fn(model, train, u, i, gen), validate, model.cfg, checkpoint, name,
-                  weight=row_weights(split.train, model.cfg.row_half_life))
+                  weight=row_weights(split.train, getattr(model.cfg, "row_half_life", 0.)))
     n_params = sum(p.numel() for p in model.parameters())
     found = embedding_scorer(name, *final_embeddings(model), history.train_s, n_params, model.cfg.to_dict(), history)
     return replace(found, chosen=dict(epochs=history.best_epoch + 1))
@@ -371,7 +377,7 @@ def fit_lightgcn(split, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None,
 
 # %% ../../nbs/33_models.baselines.ipynb #75cc0e11
 @dataclass(frozen=True)
-class BPRMFConfig(RankingConfig):
+class BPRMFConfig(AgedRankingConfig):
     "Options of matrix factorisation on pairs."
     reg: float = option(.02, "L2 weight on the rows of a batch", lo=0.)
     patience: int = option(15, "validations without a better one before stopping", lo=1) # a slow start

@@ -88,7 +88,7 @@ CONTRAST_TEMP = .2 # Temperature of InfoNCE in both
 
 
 @dataclass(frozen=True)
-class HCCFConfig(LightGCNConfig):
+class HCCFConfig(RankingConfig):
     "Options of HCCF."
     n_layers: int = option(2, "layers L", lo=1, hi=8)
     n_edges: int = option(16, "learned hyperedges a side, K", lo=1)

@@ -23,7 +23,7 @@ from ..data.evaluation import recommend_topk
 from ..data.time import decayed_matrix, query_time
 from .hypergraphs import SparseOp, student_edges
 from sharp_distill.models.training import (
-    BY_AGE, TrainConfig, draw_items, fit, l2_penalty, mask_train, ranking_loss, row_weights, sample_candidates,
+    TrainConfig, draw_items, fit, l2_penalty, mask_train, ranking_loss, row_weights, sample_candidates,
     valid_ndcg, within_steps)
 from .teacher import TeacherState
 from .student import StudentState, compact_gcn, student_scores
@@ -71,7 +71,8 @@ class NoDistillationConfig(StudentConfig):
     epochs: int = option(40, "most passes over the train interactions", lo=0)
     patience: int = option(15, "validations without a better one before stopping", lo=1)
     reg: float = option(1e-3, "L2 weight on the rows of a batch", lo=0.)
-    row_half_life: float = option(0., BY_AGE, lo=0.)
+    half_life: float = option(0., "days in which a row comes to count half on the edges and to be drawn half as often "
+                              "in training; 0: never", lo=0.)
     select_by: str = option("validation", "there is no teacher to be faithful to", choices=("validation",))
 
 
@@ -279,11 +280,10 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     cfg = within_steps(cfg, len(rows[0]), cfg.most_steps)
     with Stopwatch() as setup:
         model, half_life = build_student(cfg, train, reviews, device), student_half_life(cfg, teacher)
-        recent = decayed_matrix(split.train, half_life) if half_life else None
-        trend = student_trend(teacher) if teacher else None
-        if recent is not None or trend is not None: model.read_time(recent, trend)
+        recent, trend = half_life and decayed_matrix(split.train, half_life), teacher and student_trend(teacher)
+        if half_life or trend is not None: model.read_time(recent if half_life else None, trend)
         if teacher and target_cfg.init == "svd":
-            init_from_svd(model, train if recent is None else recent, targets, target_cfg.init_ridge)
+            init_from_svd(model, recent if half_life else train, targets, target_cfg.init_ridge)
         known = prepare_targets(target_cfg, targets, teacher, device) if teacher else None
     now = lambda: freeze_student(model, train, split, reviews)
     score = lambda: lambda u, s=now(): student_scores(s, s.user_emb[u])
@@ -293,12 +293,12 @@ def distill(teacher: TeacherState | None, # None: hard labels only
         return distill_loss(target_cfg, model, known, train, users, items, epoch, gen)
     by_fidelity = teacher and target_cfg.soft_labels != "none" and cfg.select_by == "fidelity"
     also, valid = (split.sha, reviews.encoder, target_cfg and target_cfg.sha()), dict(start=ndcg())
-    weight = None if teacher else row_weights(split.train, getattr(cfg, "row_half_life", 0.))
+    weight = row_weights(split.train, 0. if teacher else max(cfg.half_life, 0.))
     history = fit(model, rows, loss, asked if by_fidelity else ndcg, cfg, checkpoint, "student", also, weight)
     valid |= dict(student=ndcg(), best_epoch=history.best_epoch, **(dict(fidelity=asked()) if teacher else {}))
     train_s, state = (targets.gather_s if teacher else 0.) + setup.s + history.train_s, now()
     item_map = ridge_map(model.x_item.cpu().numpy(), state.item_emb, ITEM_RIDGE) # for items to come
-    timed = bool(half_life or state.trend_weight)
-    state = replace(state, item_map=item_map, half_life=half_life, at=query_time(split.train) if timed else 0,
+    at = query_time(split.train) if half_life or state.trend_weight else 0
+    state = replace(state, item_map=item_map, half_life=half_life, at=at,
                     trend_half_life=float(teacher.chosen.get("trend_half_life", 0.)) if state.trend_weight else 0.)
     return replace(state, target_config=target_cfg, valid=valid, train_s=train_s, history=history)

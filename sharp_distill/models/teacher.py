@@ -28,6 +28,7 @@ from sharp_distill.models.training import (
     valid_ndcg, within_steps)
 from ..data.time import HALF_LIVES, decayed_matrix, decayed_popularity
 from .fusion import choose_weights, fused_scores, fusion_ndcg
+from .sequential import SASRecConfig, fit_sasrec
 from .item_filter import ItemFilter, filter_scores, fit_item_filter
 
 # %% ../../nbs/35_models.teacher.ipynb #fe1b795e
@@ -372,11 +373,13 @@ def train_teacher(split, reviews, # Of the same split
                   cfg: TeacherConfig = TeacherConfig(),
                   checkpoint=None, # File to continue from
                   item_filter: ItemFilter | None = None, # Already fitted, to share it; None: fitted here
-                  sequence: Scorer | None = None, # A fitted SASRec; None: no such part
+                  sequence: Scorer | None = None, # A fitted SASRec, to share it; None: fitted here, where it is a part
                  ) -> TeacherState:
     "Train the networks and the item-item ridge on `split.train`; everything is chosen on `split.valid`."
     reviews.check_split(split)
     state = choose_networks(split, reviews, within_steps(cfg, len(split.train), cfg.most_steps), checkpoint)
     if item_filter is None: item_filter = fit_filter(split, reviews, cfg)
+    if sequence is None and cfg.parts.sequence != "none":
+        sequence = fit_sasrec(split, SASRecConfig(seed=cfg.seed, device=cfg.device), text=reviews.item)
     if item_filter is None and sequence is None and split.protocol not in CUT_IN_TIME: return state
     return fuse(state, split, item_filter, sequence)
