@@ -14,17 +14,20 @@ import numpy as np
 from ..cluster import current_cluster, map_blocks, on_cluster, ranges
 from ..core import UserError, content_sha, progress, whole_file, write_json
 from ..data.evaluation import EvalResult, Scorer, evaluate, recommend_topk
+from .rules import ID_TYPES, read_rule
 from .topk import check_k
 
 # %% ../../nbs/44_serve.batch.ipynb #c2a00008
 def _part(folder, span) -> Path: return Path(folder) / f"part-{span[0]:012d}.parquet"
 
 
-def lists_sha(rec, k: int, all_items: bool, block: int) -> str: # 16 hexadecimal digits
+def lists_sha(rec, k: int, all_items: bool, block: int,
+              asked: dict | None = None) -> str: # `exclude`, `only`: `Rule`s; `at`. 16 hexadecimal digits
     "Name what lists are made of: the recommender's numbers and names, and how it is asked."
     arrays = (rec.user_emb, rec.item_emb, rec.exclude.indices, rec.exclude.indptr, rec.user_ids, rec.item_ids)
     titles = [] if rec.item_titles is None else [str(t) for t in rec.item_titles]
-    return content_sha("lists-1", *map(np.asarray, arrays), titles, k, all_items, block)
+    said = {n: getattr(v, "sha", str(v)) for n, v in (asked or {}).items() if v is not None} | rec.id_types
+    return content_sha("lists-1", *map(np.asarray, arrays), titles, k, all_items, block, *([said] if said else []))
 
 
 def part_rows(path, sha: str): # Rows of a finished part, or None
@@ -37,22 +40,24 @@ def part_rows(path, sha: str): # Rows of a finished part, or None
 
 # %% ../../nbs/44_serve.batch.ipynb #c2a0000a
 def write_part(span, # (first user, last user + 1)
-               rec, folder, k: int, all_items: bool, sha: str) -> int: # Rows of the part
+               rec, folder, k: int, all_items: bool, sha: str,
+               asked: dict | None = None) -> int: # As for `lists_sha`. Rows of the part
     "Write the lists of one block of users, unless they are there."
     import pyarrow as pa
     import pyarrow.parquet as pq
     known = part_rows(path := _part(folder, span), sha)
     if known is not None: return known
-    lists = rec.recommend(rec.user_ids[slice(*span)], k, all_items)
-    table = pa.Table.from_pandas(lists, _schema(), preserve_index=False)
+    lists = rec.recommend(rec.user_ids[slice(*span)], k, all_items, **(asked or {}))
+    table = pa.Table.from_pandas(lists, _schema(rec.id_types), preserve_index=False)
     with whole_file(path) as tmp: pq.write_table(table.replace_schema_metadata({"lists": sha}), tmp)
     return len(table)
 
 
-def _schema():
+def _schema(id_types: dict):
     import pyarrow as pa
-    return pa.schema(dict(user_id=pa.string(), rank=pa.int32(), item_id=pa.string(), title=pa.string(),
-                          score=pa.float32()))
+    kinds = {t: pa.string() if t == "str" else pa.type_for_alias(t) for t in ID_TYPES}
+    user, item = (kinds[id_types.get(name, "str")] for name in ("user_id", "item_id"))
+    return pa.schema(dict(user_id=user, rank=pa.int32(), item_id=item, title=pa.string(), score=pa.float32()))
 
 # %% ../../nbs/44_serve.batch.ipynb #c2a0000d
 def _claim_folder(path, sha: str) -> Path:
@@ -77,13 +82,17 @@ def recommend_all(recommender, # A `Recommender`
                   cluster: str | None = None, # As for `map_blocks`: an address, or "" for this process
                   all_items: bool = False, # Offer excluded items too
                   block: int = 16_384, # Users of a part
+                  exclude=None, only=None, unknown_items: str = "error", at=None, # As for `Recommender.recommend`
                  ) -> dict: # The manifest: parts, users, rows, k
     "Write the list of every user to a folder of Parquet parts; what is there already is not made again."
     check_k(k, len(recommender.item_ids))
-    n, sha = len(recommender.user_ids), lists_sha(recommender, k, all_items, block)
+    rule = lambda given, what: read_rule(given, what, recommender.item_number, recommender.user_number, unknown_items)
+    asked = dict(exclude=rule(exclude, "exclude"), only=rule(only, "only"), at=at)
+    n, sha = len(recommender.user_ids), lists_sha(recommender, k, all_items, block, asked)
     spans, folder = ranges(n, block), _claim_folder(path, sha)
     todo = [s for s in spans if part_rows(_part(folder, s), sha) is None]
-    done = map_blocks(write_part, todo, recommender, str(folder), k, all_items, sha, cluster=cluster, lower="block")
+    done = map_blocks(write_part, todo, recommender, str(folder), k, all_items, sha, asked, cluster=cluster,
+                      lower="block")
     for _ in progress(done, "lists", total=len(todo)): pass
     parts = [dict(file=_part(folder, s).name, users=s[1] - s[0], rows=part_rows(_part(folder, s), sha)) for s in spans]
     if lost := [p["file"] for p in parts if p["rows"] is None]:

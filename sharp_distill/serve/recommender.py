@@ -8,7 +8,6 @@ __all__ = ['Recommender', 'build_recommender']
 # %% ../../nbs/43_serve.recommender.ipynb #5b20b539
 import dataclasses
 import functools
-import math
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,46 +16,10 @@ from ..core import UserError, did_you_mean
 from ..models.student import new_item_row, user_row
 from .native import has_fast_search
 from .moments import aged_rows, check_moment, more_rows, rows_at
+from .reasons import reasons
+from .rules import Catalogue, look_up, numbers_of, read_rule, ruled_topk, several, text_of, typed
 from .store import ARRAYS, StoredStudent
 from .topk import check_embedding, check_k, exact_topk, index_items, row_lengths
-
-# %% ../../nbs/43_serve.recommender.ipynb #e3a70002
-def _numbers(names) -> dict: # id -> number
-    "Number ids by their position."
-    return {str(name): n for n, name in enumerate(names)}
-
-
-def _text_of(name) -> str:
-    "Return one id as text, a whole number without a decimal point."
-    if isinstance(name, bytes): name = name.decode("utf-8", "replace")
-    if isinstance(name, (float, np.floating)) and float(name).is_integer() and abs(name) <= 2**53: name = int(name)
-    missing = name is None or type(name).__name__ in ("NAType", "NaTType")
-    if isinstance(name, (float, np.floating)): missing = math.isnan(name)
-    if missing or hasattr(name, "__len__") and not isinstance(name, str):
-        raise UserError(f"{name!r} is not an id: expected a text or a whole number.")
-    return str(name)
-
-
-def _several(names) -> list: # of str
-    "Return one id or several as a list of texts."
-    one = isinstance(names, (str, bytes, dict)) or not hasattr(names, "__iter__")
-    return [_text_of(n) for n in ([names] if one else names)]
-
-# %% ../../nbs/43_serve.recommender.ipynb #e3a70022
-def _look_up(names, number: dict, # id -> number
-             what: str) -> np.ndarray: # int64 [n]
-    "Return the numbers of ids, naming those that are unknown."
-    names = _several(names)
-    missing = [n for n in names if n not in number]
-    if missing and not number:
-        raise UserError(f"unknown {what} {missing[0]!r}: this student was saved without {what}s (histories=False); "
-                        "expected recommend_new(items, ...) with the user's own items.")
-    if missing:
-        known = list(number)
-        near, more = did_you_mean(missing[0], known[:20_000]), " and others" if len(missing) > 5 else ""
-        raise UserError(f"unknown {what} {', '.join(map(repr, missing[:5]))}{more} ({len(missing)} of {len(names)}): "
-                        f"expected ids from training, like {known[0]!r}.{near}")
-    return np.array([number[n] for n in names], np.int64)
 
 # %% ../../nbs/43_serve.recommender.ipynb #61bec4af
 def _length(k, n_items: int) -> int: # 1 to n_items
@@ -70,13 +33,9 @@ def _row_of(items, n_items: int) -> sp.csr_matrix: # bool [1, I]
     return sp.csr_matrix((np.ones(len(items), bool), items, [0, len(items)]), shape=(1, n_items))
 
 
-def _popular(item_degree, k: int, without) -> tuple: # int64 [k] with -1 where nothing is left, float32 [k]
-    "Return the items with most interactions, ties by item number."
-    idx = np.argsort(-np.asarray(item_degree), kind="stable")
-    idx = idx[~np.isin(idx, without)][:k]
-    left = k - len(idx)
-    score = np.append(np.asarray(item_degree)[idx].astype(np.float32), np.full(left, -np.inf, np.float32))
-    return np.append(idx, np.full(left, -1)), score
+def _popularity(rec) -> Catalogue:
+    "Prepare the items for the list of most interactions, ties by item number."
+    return Catalogue(index_items(np.asarray(rec.item_degree, np.float32)[:, None]), {})
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70050
 def _moment(at) -> int: # Unix seconds
@@ -92,21 +51,28 @@ def _rows(rec, users, at): # int64 [n] -> float32 [n, d]
     return rec.user_emb[users] if at is None else rows_at(rec, users, check_moment(rec, _moment(at)))
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70024
-def _lists(rec, user_ids, k, all_items, unknown, exclude=(), at=None) -> tuple: # ids [n], int64 [n, k], float32 [n, k]
+def _rules(rec, exclude, only, unknown_items, asked=()) -> list: # of two `Rule`s, or None
+    "Read what a list may hold."
+    given = dict(exclude=exclude, only=only)
+    return [read_rule(g, w, rec.item_number, rec.user_number, unknown_items, asked) for w, g in given.items()]
+
+
+def _lists(rec, user_ids, k, all_items, unknown, exclude=None, at=None, only=None, unknown_items="error") -> tuple:
     "Search for the known users, and fill in popular items for the others where that is asked for."
-    choices = ("error", "popular")
+    choices = ("error", "popular") # -> ids [n], int64 [n, k], float32 [n, k]
     if unknown not in choices:
         raise UserError(f"unknown is {unknown!r}: expected 'error' or 'popular'.{did_you_mean(unknown, choices)}")
-    names, k, I = _several(user_ids), _length(k, len(rec.item_ids)), len(rec.item_ids)
+    names, k = several(user_ids), _length(k, len(rec.item_ids))
     if not names: raise UserError("user_ids is empty: expected at least one id.")
-    without = _look_up(exclude, rec.item_number, "item")
     known = np.array([unknown == "error" or n in rec.user_number for n in names])
+    named = lambda mask: [n for n, ok in zip(names, mask) if ok]
+    rules = _rules(rec, exclude, only, unknown_items, named(~known))
+    users = look_up(named(known), rec.user_number, "user")
     idx, score = np.full((len(names), k), -1), np.full((len(names), k), -np.inf, np.float32)
-    if not known.all(): idx[~known], score[~known] = _popular(rec.item_degree, k, without)
-    users = _look_up([n for n, ok in zip(names, known) if ok], rec.user_number, "user")
-    hide = sp.csr_matrix((len(users), I), dtype=bool) if all_items else rec.exclude[users]
-    if len(without): hide = sp.csr_matrix(hide + sp.vstack([_row_of(without, I)] * len(users), "csr"))
-    if len(users): idx[known], score[known] = exact_topk(_rows(rec, users, at), rec.item_index, k, hide)
+    for mask, catalogue, rows, hide in (
+            (known, rec.catalogue, _rows(rec, users, at), None if all_items else rec.exclude[users]),
+            (~known, rec.popularity, np.ones(((~known).sum(), 1), np.float32), None)):
+        if mask.any(): idx[mask], score[mask] = ruled_topk(catalogue, rows, named(mask), k, hide, *rules)
     return names, idx, score
 
 # %% ../../nbs/43_serve.recommender.ipynb #ffe01a30
@@ -115,9 +81,22 @@ def _table(rec, who, idx, score): # [n], int64 [n, k], float32 [n, k] -> DataFra
     import pandas as pd
     row, col = np.nonzero(idx >= 0)
     item = idx[row, col]
-    titles = rec.item_titles[item] if rec.item_titles is not None else np.full(len(item), None, object)
-    return pd.DataFrame(dict(user_id=np.asarray(who, object)[row], rank=col + 1, item_id=rec.item_ids[item],
-                             title=titles, score=score[row, col]))
+    users = typed(who, rec.id_types.get("user_id", "str"), "user")
+    return pd.DataFrame(dict(user_id=users[row], rank=col + 1, item_id=_item_names(rec, item),
+                             title=_titles(rec, item), score=score[row, col]))
+
+
+def _item_table(rec, idx, score): # int64 [1, k], float32 [1, k] -> DataFrame
+    "Return one list as a table of names."
+    return _table(rec, ["0"], idx, score).drop(columns="user_id")
+
+
+def _item_names(rec, items) -> np.ndarray: # int64 [n] -> ids in the type that came in
+    return typed(rec.item_ids[items], rec.id_types.get("item_id", "str"), "item")
+
+
+def _titles(rec, items) -> np.ndarray: # int64 [n] -> object [n], None where there is none
+    return rec.item_titles[items] if rec.item_titles is not None else np.full(len(items), None, object)
 
 # %% ../../nbs/43_serve.recommender.ipynb #6374a4e6
 def _directions(rec): # -> ItemIndex
@@ -127,7 +106,7 @@ def _directions(rec): # -> ItemIndex
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70025
 def _similar(rec, directions, item_id, k) -> tuple: # int64 [1, k], float32 [1, k]
     "Search the rows that point in the most similar direction."
-    i = _look_up(item_id, rec.item_number, "item")
+    i = look_up(item_id, rec.item_number, "item")
     if len(i) != 1: raise UserError(f"item_id names {len(i)} items: expected one.")
     k, itself = _length(k, len(rec.item_ids)), _row_of(i, len(rec.item_ids))
     return exact_topk(directions.emb[directions.place[i]], directions, k, itself)
@@ -148,10 +127,10 @@ def _vector_of(text_encoder, reviews, review_emb): # -> float32 [d_t] or None
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70026
 def _folded_row(rec, items, user_id, review_emb) -> tuple: # float32 [d], int64 [n]
     "Return a user's row after new interactions, and all the user's items."
-    new = np.unique(_look_up(items, rec.item_number, "item"))
+    new = np.unique(look_up(items, rec.item_number, "item"))
     old, text, aged = np.empty(0, np.int64), 0., np.empty(0)
     if user_id is not None:
-        u = _look_up(user_id, rec.user_number, "user")[0]
+        u = look_up(user_id, rec.user_number, "user")[0]
         rows = aged_rows(rec, [u], rec.at)
         old, aged = rows.indices.astype(np.int64), rows.data
         if review_emb is None: # recover what the user's reviews put into x_u W_U
@@ -164,47 +143,81 @@ def _folded_row(rec, items, user_id, review_emb) -> tuple: # float32 [d], int64 
     return (row + text / (weights.sum() + 1.)).astype(np.float32), have
 
 # %% ../../nbs/43_serve.recommender.ipynb #e62afd19
-def _new_list(rec, row, have, user_id, k, all_items, exclude=()) -> tuple: # int64 [1, k], float32 [1, k]
+def _new_list(rec, row, have, user_id, k, all_items, exclude=None, only=None, unknown_items="error") -> tuple:
     "Search for one row, leaving out the user's items and what else is excluded for a known user."
-    I, without = len(rec.item_ids), _look_up(exclude, rec.item_number, "item")
-    if user_id is not None: have = np.union1d(have, rec.exclude[_look_up(user_id, rec.user_number, "user")[0]].indices)
-    if not all_items: without = np.union1d(without, have)
-    return exact_topk(row[None], rec.item_index, _length(k, I), _row_of(without, I))
+    I, names = len(rec.item_ids), [] if user_id is None else several(user_id) # -> int64 [1, k], float32 [1, k]
+    rules = _rules(rec, exclude, only, unknown_items)
+    if not names and any(r is not None and r.items is None for r in rules):
+        raise UserError("a rule names items user by user, and the user is new: expected a list of item ids.")
+    if names: have = np.union1d(have, rec.exclude[look_up(names, rec.user_number, "user")[0]].indices)
+    hide = None if all_items else _row_of(have, I)
+    return ruled_topk(rec.catalogue, row[None], names or [""], _length(k, I), hide, *rules)
 
 # %% ../../nbs/43_serve.recommender.ipynb #a3a5c1ba
-def _one_item_more(rec, item_id, review_emb, title) -> dict: # Field -> its new value
-    "Return what changes when an item is added."
-    item_id = _text_of(item_id)
-    if item_id in rec.item_number: raise UserError(f"item {item_id!r} exists already: expected a new id.")
-    if review_emb is None:
-        raise UserError(f"item {item_id!r} has no text: expected reviews, or their vector as review_emb.")
-    if not np.any(review_emb):
-        raise UserError(f"nothing is known about item {item_id!r}: no word of its text stands in the train reviews; "
-                        "expected a text with such words, or a vector that is not zero.")
-    row, n = new_item_row(rec, review_emb)[None], len(rec.item_ids)
-    wider = lambda m: sp.csr_matrix((m.data, m.indices, m.indptr), shape=(len(rec.user_emb), n + 1))
-    train = wider(rec.train)
-    titles = rec.item_titles
-    if titles is None and title is not None: titles = np.full(n, None, object)
-    return dict(item_emb=np.concatenate([rec.item_emb, row]), item_message=np.concatenate([rec.item_message, row]),
-                item_degree=np.append(rec.item_degree, 0), item_ids=np.append(rec.item_ids, item_id),
-                item_titles=None if titles is None else np.append(titles, [title]),
+def _items_more(rec, item_ids, review_embs, titles) -> dict: # [n], [n] of float32 [d_t], [n] -> Field: its new value
+    "Return what changes when items are added."
+    names, n, titles = several(item_ids), len(rec.item_ids), titles or [None] * len(review_embs)
+    typed(names, rec.id_types.get("item_id", "str"), "item")
+    for name, vector in zip(names, review_embs):
+        if name in rec.item_number: raise UserError(f"item {name!r} exists already: expected a new id.")
+        if vector is None:
+            raise UserError(f"item {name!r} has no text: expected reviews, or their vector as review_emb.")
+        if not np.any(vector):
+            raise UserError(f"nothing is known about item {name!r}: no word of its text stands in the train reviews; "
+                            "expected a text with such words, or a vector that is not zero.")
+    if len(set(names)) < len(names): raise UserError("an item is named twice: expected each new id once.")
+    rows = np.stack([new_item_row(rec, v) for v in review_embs])
+    wider = lambda m: sp.csr_matrix((m.data, m.indices, m.indptr), shape=(len(rec.user_emb), n + len(names)))
+    train, known = wider(rec.train), rec.item_titles
+    if known is None and any(t is not None for t in titles): known = np.full(n, None, object)
+    return dict(item_emb=np.concatenate([rec.item_emb, rows]), item_message=np.concatenate([rec.item_message, rows]),
+                item_degree=np.append(rec.item_degree, np.zeros(len(names), np.int64)),
+                item_ids=np.append(rec.item_ids, np.array(names, object)),
+                item_titles=None if known is None else np.append(known, np.array(titles, object)),
                 train=train, exclude=train if rec.exclude is rec.train else wider(rec.exclude))
 
+# %% ../../nbs/43_serve.recommender.ipynb #74e71806
+def _reasons_table(rec, user_id, item_id, at): # -> DataFrame
+    "Return the parts of a score by name."
+    import pandas as pd
+    u, i = look_up(user_id, rec.user_number, "user"), look_up(item_id, rec.item_number, "item")
+    if len(u) != 1 or len(i) != 1: raise UserError(f"{len(u)} users and {len(i)} items are named: expected one of each.")
+    items, parts, rest = reasons(rec, u[0], i[0], None if at is None else _moment(at))
+    order = np.argsort(-parts, kind="stable")
+    rest = {name: part for name, part in rest.items() if part or name != "trend"}
+    filled = lambda x: np.append(x[order].astype(object), np.full(len(rest), None, object))
+    return pd.DataFrame(dict(because=["item"] * len(items) + list(rest), item_id=filled(_item_names(rec, items)),
+                             title=filled(_titles(rec, items)), score=np.append(parts[order], list(rest.values()))))
+
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70052
-def _added(rec, frame) -> dict: # Field -> its new value
-    "Return what changes when a table of new rows is added."
-    lost = [c for c in ("user_id", "item_id", "timestamp") if c not in frame]
-    if lost or not len(frame):
-        raise UserError(f"the table has {'no column ' + lost[0] if lost else 'no row'}: expected rows with user_id, "
-                        "item_id and timestamp.")
+def _times_in(rec, frame): # Unix seconds int64 [n]; None where the student reads no time
+    "Read the times of new rows."
+    if rec.times is None: return None
     import pandas as pd
     from sharp_distill.data.dates import NO_TIME, unix_seconds
     times, unread = unix_seconds(pd.Series(frame["timestamp"]))
     if unread.any() or (times == NO_TIME).any():
-        raise UserError("a row of the table has no time: expected a time for each row that is added.")
-    items = _look_up(list(frame["item_id"]), rec.item_number, "item")
-    return more_rows(rec, [_text_of(u) for u in frame["user_id"]], items, times)
+        raise UserError("a row of the table has no time: expected a time for each row that is added, for this student "
+                        "reads times.")
+    return times
+
+
+def _added(rec, frame) -> dict: # Field -> its new value
+    "Return what changes when a table of new rows is added."
+    need = ["user_id", "item_id"] + ["timestamp"] * (rec.times is not None)
+    lost = [c for c in need if c not in frame]
+    if lost or not len(frame):
+        raise UserError(f"the table has {'no column ' + lost[0] if lost else 'no row'}: expected rows with "
+                        f"{', '.join(need[:-1])} and {need[-1]}.")
+    users, items = (several(frame[c]) for c in need[:2])
+    new, vectors = [u for u in dict.fromkeys(users) if u not in rec.user_number], {}
+    typed(new, rec.id_types.get("user_id", "str"))
+    if "review" in frame and rec.text_encoder is not None:
+        texts = {u: [] for u in new}
+        for u, t in zip(users, frame["review"]):
+            if u in texts and isinstance(t, str) and t.strip(): texts[u].append(t)
+        vectors = {u: rec.text_encoder(ts) for u, ts in texts.items() if ts}
+    return more_rows(rec, users, look_up(items, rec.item_number, "item"), _times_in(rec, frame), vectors)
 
 
 def _times_of(train, R) -> np.ndarray: # int64 [nnz], as R stores its rows
@@ -215,26 +228,34 @@ def _times_of(train, R) -> np.ndarray: # int64 [nnz], as R stores its rows
     return train.timestamp[order]
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a7000b
-class Recommender(StoredStudent):
-    "A distilled student that answers with titles."
-    user_number = functools.cached_property(lambda self: _numbers(self.user_ids)) # user id -> number
-    item_number = functools.cached_property(lambda self: _numbers(self.item_ids)) # item id -> number
+class _Lookups(StoredStudent):
+    "A stored student with what is looked up and searched."
+    user_number = functools.cached_property(lambda self: numbers_of(self.user_ids)) # user id -> number
+    item_number = functools.cached_property(lambda self: numbers_of(self.item_ids)) # item id -> number
     item_index = functools.cached_property(lambda self: index_items(self.item_emb, int8=has_fast_search()))
+    catalogue = functools.cached_property(lambda self: Catalogue(self.item_index, {})) # For searches under rules
+    popularity = functools.cached_property(_popularity) # The same, by train interactions
     _item_directions = functools.cached_property(_directions)
-
-    def recommend(self, user_ids, # One id or several
-                  k: int = 10, # Length of each list
-                  all_items: bool = False, # Offer excluded items too
-                  unknown: str = "error", # Or "popular": answer unknown users with popular items
-                  exclude=(), # Ids of further items to leave out
-                  at=None): # Unix seconds or a date, later than training; None: the moment of training
-        "Return the k best items of each user: a table with user_id, rank, item_id, title, score."
-        return _table(self, *_lists(self, user_ids, k, all_items, unknown, exclude, at))
+    id_types = property(lambda self: self.facts.get("id_types", {})) # Of user_id and item_id, where they are no texts
 
     def similar_items(self, item_id, # One id
                       k: int = 10):
         "Return the items nearest to an item: a table with rank, item_id, title, score (cosine)."
-        return _table(self, [item_id], *_similar(self, self._item_directions, item_id, k)).drop(columns="user_id")
+        return _item_table(self, *_similar(self, self._item_directions, item_id, k))
+
+
+class Recommender(_Lookups):
+    "A distilled student that answers with titles."
+    def recommend(self, user_ids, # One id or several
+                  k: int = 10, # Length of each list
+                  all_items: bool = False, # Offer excluded items too
+                  unknown: str = "error", # Or "popular": answer unknown users with popular items
+                  exclude=None, # Items to leave out beside what is stored: ids, or user by user; see `read_rule`
+                  at=None, # Unix seconds or a date, later than training; None: the moment of training
+                  only=None, # Items that may be offered, in the same forms; None: all
+                  unknown_items: str = "error"): # Ids of exclude and only; or "ignore"
+        "Return the k best items of each user: a table with user_id, rank, item_id, title, score."
+        return _table(self, *_lists(self, user_ids, k, all_items, unknown, exclude, at, only, unknown_items))
 
     def fold_in(self, items=(), # Ids of the new items
                 user_id=None, # A known user who did something new, or None for a cold-start user
@@ -244,21 +265,26 @@ class Recommender(StoredStudent):
         return _folded_row(self, items, user_id, _vector_of(self.text_encoder, reviews, review_emb))
 
     def recommend_new(self, items=(), user_id=None, review_emb=None, reviews=None, # As for `fold_in`
-                      k: int = 10, all_items: bool = False, exclude=()): # As for `recommend`
+                      k: int = 10, all_items: bool = False, exclude=None, only=None, unknown_items: str = "error"):
         "Return the exact list after new interactions: a table with rank, item_id, title, score."
         row, have = self.fold_in(items, user_id, review_emb, reviews)
-        found = _new_list(self, row, have, user_id, k, all_items, exclude)
-        return _table(self, [user_id], *found).drop(columns="user_id")
+        return _item_table(self, *_new_list(self, row, have, user_id, k, all_items, exclude, only, unknown_items))
 
-    def add_interactions(self, frame) -> "Recommender": # A table with user_id, item_id and timestamp
+    def explain(self, user_id, item_id, at=None): # One id each; at: as for `recommend`
+        "Return the parts of a score, which add up to it: a table with because, item_id, title, score."
+        return _reasons_table(self, user_id, item_id, at)
+
+    def add_interactions(self, frame) -> "Recommender": # user_id, item_id; timestamp where times are read; review
         "Return a copy that knows further rows, for good: every row by its formula, nothing trained."
         return dataclasses.replace(self, **_added(self, frame))
 
-    def with_item(self, item_id, review_emb=None, # float32 [d_t] embedding of the item's text
-                  title=None, reviews=None) -> "Recommender": # reviews: or the text itself, or several
-        "Return a copy that also offers a new item, placed by its text alone."
-        review_emb = _vector_of(self.text_encoder, reviews, review_emb)
-        return dataclasses.replace(self, **_one_item_more(self, item_id, review_emb, title))
+    def with_items(self, item_ids, review_embs, titles=None) -> "Recommender": # [n], [n] of float32 [d_t], [n] or none
+        "Return a copy that also offers new items, placed by their texts alone."
+        return dataclasses.replace(self, **_items_more(self, item_ids, review_embs, titles))
+
+    def with_item(self, item_id, review_emb=None, title=None, reviews=None) -> "Recommender": # reviews: or its text
+        "Return a copy that also offers a new item."
+        return self.with_items(item_id, [_vector_of(self.text_encoder, reviews, review_emb)], [title])
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70030
 def _in_numbers_of(train, part) -> sp.csr_matrix: # bool [U, I], numbered as `train`
@@ -269,7 +295,7 @@ def _in_numbers_of(train, part) -> sp.csr_matrix: # bool [U, I], numbered as `tr
     for what in ("user", "item"):
         idx, ids = getattr(part, f"{what}_idx"), getattr(part, f"{what}_ids")
         occurring, where = np.unique(idx, return_inverse=True)
-        rows.append(_look_up(ids[occurring], _numbers(getattr(train, f"{what}_ids")), what)[where])
+        rows.append(look_up(ids[occurring], numbers_of(getattr(train, f"{what}_ids")), what)[where])
     return sp.csr_matrix((np.ones(len(where), bool), rows), shape=(train.n_users, train.n_items))
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'CELLS', 'BATCH', 'canonical_scores', 'full_sort_topk', 'row_lengths', 'check_embedding', 'ItemIndex',
-           'index_items', 'check_k', 'exact_topk', 'approximate_index', 'approximate_topk', 'list_recall']
+           'index_items', 'check_k', 'exact_topk', 'rank_pairs', 'approximate_index', 'approximate_topk', 'list_recall']
 
 # %% ../../nbs/41_serve.topk.ipynb #e431dc68
 import contextlib
@@ -339,6 +339,23 @@ def exact_topk(user_emb, # float32 [B, d]
     bounds = [(lo, min(lo + size, B)) for lo in range(0, B, size)]
     pool = ThreadPoolExecutor(n_threads) if engine == "int8" else _one_thread_each(n_threads, engine == "torch")
     with pool as workers: parts = list(workers.map(work, *zip(*bounds)))
+    return tuple(map(np.concatenate, zip(*parts)))
+
+# %% ../../nbs/41_serve.topk.ipynb #917bec02
+def rank_pairs(user_emb, # float32 [B, d]
+               index: ItemIndex,
+               pairs: sp.csr_matrix, # [B, M] what each user may be offered
+               k: int, # Length of the lists
+               block: int = 500_000, # Pairs ranked together, at most a user more
+              ) -> tuple: # int64 [B, k] with -1 where nothing is left, float32 [B, k]
+    "Rank given pairs of users and items, ties by item number."
+    users, k = check_embedding(user_emb, "user_emb"), check_k(k, index.n_items)
+    starts = np.unique(pairs.indptr[:-1] // block, return_index=True)[1].tolist() + [len(users)]
+    parts = [(np.empty((0, k), np.int64), np.empty((0, k), np.float32))]
+    for lo, hi in zip(starts[:-1], starts[1:]):
+        some = pairs[lo:hi]
+        rows = np.repeat(np.arange(hi - lo), np.diff(some.indptr))
+        parts.append(_rank(index, users[lo:hi], rows, index.place[some.indices], k))
     return tuple(map(np.concatenate, zip(*parts)))
 
 # %% ../../nbs/41_serve.topk.ipynb #f6cb0674
