@@ -17,6 +17,7 @@ PUBLIC = { # module -> names that stand here; they stay when a module moves
     "models.registry": "DistilledConfig Fits Method fit_method method methods register",
     "serve.recommender": "Recommender build_recommender",
     "experiments.run": "RunConfig",
+    "app.front": "FittedModel fit load",
     "app.quickstart": "create_hypergraphs_and_incidence_matrices evaluate_model initialize_models load_and_split_data "
                       "main train_lightgcn train_models",
     "app.formulas": "build_item_user_incidence build_user_item_incidence compute_hypergraph_position "

@@ -24,6 +24,7 @@ def check_times(split: Split) -> Split: # The same split
     if split.protocol != "temporal": return split
     for part, at, what in (("train", split.valid_at, "validation"), ("train", split.test_at, "test"),
                            ("valid", split.test_at, "test")):
+        if at is None: continue # nothing is held out after that part
         try: refuse_future(getattr(split, part), at)
         except UserError as e: raise UserError(f"{part} reaches into {what}: {e}") from None
     return split

@@ -56,8 +56,8 @@ class Split:
         return rows.take(np.sort(order[np.unique(rows.user_idx[order], return_index=True)[1]]))
 
     @property
-    def test_at(self): # Unix seconds of the first test row; None where the protocol does not go by one moment
-        return int(self.test.timestamp.min()) if self.protocol == "temporal" else None
+    def test_at(self): # Unix seconds of the first test row; None where there is none, or no one moment that parts go by
+        return int(self.test.timestamp.min()) if self.protocol == "temporal" and len(self.test) else None
     @property
     def valid_at(self): # Unix seconds of the first validation row; `test_at` where validation is empty
         if self.protocol != "temporal" or not len(self.valid): return self.test_at

@@ -14,7 +14,8 @@ import numpy as np
 from ..cluster import current_cluster, map_blocks, on_cluster, ranges
 from ..core import UserError, content_sha, progress, whole_file, write_json
 from ..data.evaluation import EvalResult, Scorer, evaluate, recommend_topk
-from .rules import ID_TYPES, read_rule
+from .recommender import Recommender, list_rules
+from .rules import ID_TYPES
 from .topk import check_k
 
 # %% ../../nbs/44_serve.batch.ipynb #c2a00008
@@ -76,7 +77,7 @@ def _claim_folder(path, sha: str) -> Path:
     return folder
 
 # %% ../../nbs/44_serve.batch.ipynb #c2a0000f
-def recommend_all(recommender, # A `Recommender`
+def recommend_all(recommender: Recommender,
                   path, # Folder; made, or continued
                   k: int = 10, # Length of each list
                   cluster: str | None = None, # As for `map_blocks`: an address, or "" for this process
@@ -86,8 +87,7 @@ def recommend_all(recommender, # A `Recommender`
                  ) -> dict: # The manifest: parts, users, rows, k
     "Write the list of every user to a folder of Parquet parts; what is there already is not made again."
     check_k(k, len(recommender.item_ids))
-    rule = lambda given, what: read_rule(given, what, recommender.item_number, recommender.user_number, unknown_items)
-    asked = dict(exclude=rule(exclude, "exclude"), only=rule(only, "only"), at=at)
+    asked = dict(zip(("exclude", "only"), list_rules(recommender, exclude, only, unknown_items)), at=at)
     n, sha = len(recommender.user_ids), lists_sha(recommender, k, all_items, block, asked)
     spans, folder = ranges(n, block), _claim_folder(path, sha)
     todo = [s for s in spans if part_rows(_part(folder, s), sha) is None]

@@ -341,7 +341,7 @@ def exact_topk(user_emb, # float32 [B, d]
     with pool as workers: parts = list(workers.map(work, *zip(*bounds)))
     return tuple(map(np.concatenate, zip(*parts)))
 
-# %% ../../nbs/41_serve.topk.ipynb #917bec02
+# %% ../../nbs/41_serve.topk.ipynb #3105814f
 def rank_pairs(user_emb, # float32 [B, d]
                index: ItemIndex,
                pairs: sp.csr_matrix, # [B, M] what each user may be offered
