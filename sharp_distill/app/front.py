@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'step_lines', 'hold_out', 'measured', 'about_lines', 'FittedModel', 'load', 'fit']
 
-# %% ../../nbs/60_app.front.ipynb #fb392953
+# %% ../../nbs/60_app.front.ipynb #e86168f8
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..serve.recommender import Recommender, build_recommender, list_rules
 from ..serve.rules import several
 from .bring import id_types, read_catalogue
 
-# %% ../../nbs/60_app.front.ipynb #8d2fa694
+# %% ../../nbs/60_app.front.ipynb #c0e42940
 def step_lines(data: Interactions) -> list: # of str
     "Tell what was read and what was left out."
     lost = lambda s: f", {s.lost:,} left out" if s.lost else ""
@@ -36,7 +36,7 @@ def _with_titles(data: Interactions, catalogue) -> Interactions: # None: no cata
     old = data.item_ids if data.item_titles is None else data.item_titles
     return replace(data, item_titles=np.array([names.get(i) or t for i, t in zip(data.item_ids, old)], object))
 
-# %% ../../nbs/60_app.front.ipynb #aa8c13f7
+# %% ../../nbs/60_app.front.ipynb #8b56af89
 def hold_out(data: Interactions, protocol: str, holdout, seed: int): # share of the test part, or None. -> Split
     "Divide the rows; with holdout=0 the test part is empty."
     from sharp_distill.data.protocol import refit_split
@@ -54,7 +54,7 @@ def hold_out(data: Interactions, protocol: str, holdout, seed: int): # share of 
     if len(split.valid): split = refit_split(split)
     return replace(split, valid=split.test, test=split.valid) # what would be tested is what is chosen on
 
-# %% ../../nbs/60_app.front.ipynb #fda3a685
+# %% ../../nbs/60_app.front.ipynb #7369fc3b
 def _config(encoder: str, seed: int, temporal: bool, options: dict): # -> RunConfig
     "Put the options of a fit together; only those of the models and of the texts are open here."
     from sharp_distill.core import did_you_mean
@@ -68,7 +68,7 @@ def _config(encoder: str, seed: int, temporal: bool, options: dict): # -> RunCon
     models = "popularity,popularity_decayed,teacher,student" if temporal else "popularity,teacher,student"
     return RunConfig.from_dict(dict(encoder=encoder, seed=seed, models=models) | options)
 
-
+# %% ../../nbs/60_app.front.ipynb #96ee1d86
 def _fit_twice(split, cfg) -> tuple: # `Fits` of train and validation, StudentState, {name: EvalResult}
     "Choose on validation, fit again on train and validation, and read the test part where there is one."
     from sharp_distill.data.evaluation import evaluate
@@ -86,7 +86,7 @@ def _fit_twice(split, cfg) -> tuple: # `Fits` of train and validation, StudentSt
     else: found = {n: evaluate(s, later.split, "test") for n, s in again.items()}
     return later, again["student"].state, found
 
-# %% ../../nbs/60_app.front.ipynb #8a313bd6
+# %% ../../nbs/60_app.front.ipynb #6566ab53
 def measured(found: dict) -> list: # {name: EvalResult} -> of dict, ready for JSON
     "Return one row a model: NDCG@10 with its interval over users, recall and hit rate."
     rows = []
@@ -96,7 +96,7 @@ def measured(found: dict) -> list: # {name: EvalResult} -> of dict, ready for JS
         rows.append(dict(model=name, part=r.part, users=len(r.user_idx), **values, low=low, high=high))
     return rows
 
-
+# %% ../../nbs/60_app.front.ipynb #55eee41d
 def _about(split, found: dict, steps: list, seconds: float) -> dict: # Ready for JSON
     "Collect what is to be known about a fit."
     day = lambda t: str(np.datetime64(int(t), "s").astype("datetime64[D]"))
@@ -105,7 +105,7 @@ def _about(split, found: dict, steps: list, seconds: float) -> dict: # Ready for
     return dict(read=steps, protocol=split.protocol, rows=parts, begins=at, seconds=round(seconds, 1),
                 measured=measured(found))
 
-
+# %% ../../nbs/60_app.front.ipynb #9de22dcd
 def about_lines(about: dict) -> list: # of str
     "Tell what was fitted and how good it is."
     begins = "".join(f", {p} from {day}" for p, day in about["begins"].items())
@@ -118,7 +118,7 @@ def about_lines(about: dict) -> list: # of str
     if part == "valid": return lines
     return lines + [f"the {about['rows']['test']:,} test rows are not learned from: holdout=0 learns from all rows"]
 
-# %% ../../nbs/60_app.front.ipynb #90e91ff0
+# %% ../../nbs/60_app.front.ipynb #4a75608e
 def _plain(table: pd.DataFrame, titles: bool) -> pd.DataFrame: # `titles`: whether any are known
     "Put the columns of an answer in order."
     return table[[c for c in table if c != "title"] + ["title"] * titles]
@@ -133,7 +133,7 @@ def _own_names(frame, need) -> pd.DataFrame: # A table in memory
     names = pick_columns(list(table.columns), need=need)
     return table.rename(columns={theirs: ours for ours, theirs in names.items()})
 
-
+# %% ../../nbs/60_app.front.ipynb #2819a72c
 def _place(rec: Recommender, catalogue: pd.DataFrame) -> tuple: # From `read_catalogue`. Recommender, str
     "Add the items of a catalogue that have a known word, and tell how many had none."
     if rec.text_encoder is None:
@@ -149,7 +149,7 @@ def _place(rec: Recommender, catalogue: pd.DataFrame) -> tuple: # From `read_cat
     some = catalogue[good]
     return rec.with_items(list(some["item_id"]), [v for v, g in zip(vectors, good) if g], list(some["title"])), said
 
-# %% ../../nbs/60_app.front.ipynb #ffb65c6b
+# %% ../../nbs/60_app.front.ipynb #75c026ad
 BLOCK = 16_384 # users answered together
 
 
@@ -165,10 +165,10 @@ def _everyone(model, users, k: int, exclude, only, unknown_items: str, **asked) 
     tables = [rec.recommend(b, k, **rules, **asked) for b in (progress(blocks, "lists") if len(blocks) > 1 else blocks)]
     return _plain(pd.concat(tables, ignore_index=True), rec.item_titles is not None), len(names)
 
-# %% ../../nbs/60_app.front.ipynb #7da53795
+# %% ../../nbs/60_app.front.ipynb #6bf3eb28
 @dataclass(frozen=True, eq=False)
-class _Answers:
-    "What a fitted model answers."
+class _Lists:
+    "Lists of known users, exactly, under rules."
     recommender: Recommender # Exact search, fold-in and what is saved
 
     def recommend(self, users=None, # One id, several, or None: everybody
@@ -188,6 +188,11 @@ class _Answers:
             print(f"{short:,} of {n:,} lists have fewer than k = {k} items: `only` allows no more.")
         return table
 
+# %% ../../nbs/60_app.front.ipynb #a6741ca2
+class _Answers(_Lists):
+    "The other questions, and what was measured."
+    about = property(lambda self: self.recommender.facts.get("fit", {})) # What was read, held out and measured
+
     def recommend_new(self, items=(), reviews=None, # Ids of a guest's items; a text, or several
                       k: int = 10, exclude=None, only=None, unknown_items: str = "error") -> pd.DataFrame:
         "Return the list of somebody whom the model does not know: rank, item_id, score."
@@ -202,18 +207,16 @@ class _Answers:
         "Return what the user's items, own words and the trend put into a score; the parts add up to it."
         return self._own(self.recommender.explain(user, item, at))
 
-    def _own(self, table): return _plain(table, self.recommender.item_titles is not None)
-
-# %% ../../nbs/60_app.front.ipynb #cdfcf06d
-class FittedModel(_Answers):
-    "A fitted model: it answers, learns of new rows without training, and is saved as one folder."
-    about = property(lambda self: self.recommender.facts.get("fit", {})) # What was read, held out and measured
-
     def evaluate(self) -> pd.DataFrame: # One row a model: NDCG@10 with its interval, R@10, HR@10
         "Return how student, teacher and popularity did on the rows that were held out, as measured by `fit`."
         if not self.about.get("measured"): raise UserError("nothing was measured: expected a model made by `fit`.")
         return pd.DataFrame(self.about["measured"]).set_index("model")
 
+    def _own(self, table): return _plain(table, self.recommender.item_titles is not None)
+
+# %% ../../nbs/60_app.front.ipynb #f31dc9b5
+class FittedModel(_Answers):
+    "A fitted model: it answers, learns of new rows without training, and is saved as one folder."
     def add_interactions(self, frame) -> "FittedModel": # user_id, item_id; timestamp where times are read; review
         "Return a model that knows further rows of old and new users, for good."
         return type(self)(self.recommender.add_interactions(_own_names(frame, ("user_id", "item_id"))))
@@ -254,21 +257,21 @@ class FittedModel(_Answers):
                 if r["model"] == "student"]
         return f"FittedModel({U:,} users, {I:,} items, d = {d}{''.join(good)})"
 
-
+# %% ../../nbs/60_app.front.ipynb #c2d74c27
 def load(folder, checksum: bool = True) -> FittedModel: # checksum: read every byte once and compare
     "Load a saved model; torch is not needed."
     return FittedModel(Recommender.load(folder, checksum))
 
-# %% ../../nbs/60_app.front.ipynb #daa42b6c
+# %% ../../nbs/60_app.front.ipynb #872abaec
 def _read(data, columns, catalogue, min_rating: float, k_core: int) -> Interactions:
-    "Read the rows and say so."
+    "Read the rows and tell what was read."
     rows = load_interactions(data, columns, min_rating=float(min_rating), k_core=k_core)
     for line in step_lines(rows): print(line)
     if rows.n_items <= 20:
         raise UserError(f"the data have {rows.n_items} items: expected more than 20, the longest list measured.")
     return _with_titles(rows, catalogue)
 
-
+# %% ../../nbs/60_app.front.ipynb #66d6309b
 def fit(data, # A path, several, a table of pandas or Arrow, or the name of a data set
         columns=None, # Our name -> the file's, where not recognised: "user_id=customer,item_id=product"
         items=None, # A catalogue: a path or a table with item_id and columns of text; new items are offered, too

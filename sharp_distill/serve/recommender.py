@@ -176,7 +176,7 @@ def _items_more(rec, item_ids, review_embs, titles) -> dict: # [n], [n] of float
                 item_titles=None if known is None else np.append(known, np.array(titles, object)),
                 train=train, exclude=train if rec.exclude is rec.train else wider(rec.exclude))
 
-# %% ../../nbs/43_serve.recommender.ipynb #c5d0830c
+# %% ../../nbs/43_serve.recommender.ipynb #6232b4e8
 def _reasons_table(rec, user_id, item_id, at): # -> DataFrame
     "Return the parts of a score by name."
     import pandas as pd
@@ -245,7 +245,7 @@ class _Lookups(StoredStudent):
         "Return the items nearest to an item: a table with rank, item_id, title, score (cosine)."
         return _item_table(self, *_similar(self, self._item_directions, item_id, k))
 
-
+# %% ../../nbs/43_serve.recommender.ipynb #bbc07254
 class Recommender(_Lookups):
     "A distilled student that answers with titles."
     def recommend(self, user_ids, # One id or several
