@@ -1,5 +1,7 @@
 """The command line: every parameter is an option, the forms of the README arrive, a mistake is one line."""
 import configparser
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +104,27 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
     assert cli_ends(monkeypatch, "run", "--output-dir", str(tmp_path / "file")) == 1
     assert "expected one to write to" in capsys.readouterr().err
+
+
+def test_installed_and_not_cloned(tmp_path):
+    "Built as `pip install .` builds it, started in an empty folder: the notebooks came along, results go to that folder."
+    source, lib, empty = (tmp_path / n for n in ("source", "lib", "empty"))
+    source.mkdir(); empty.mkdir()
+    for name in ("setup.py", "settings.ini", "pyproject.toml", "README.md", "MANIFEST.in"): shutil.copy(ROOT / name, source / name)
+    shutil.copytree(ROOT / "sharp_distill", source / "sharp_distill", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    shutil.copytree(ROOT / "nbs", source / "nbs", ignore=lambda at, names: [n for n in names if n[0].isdigit() or n == "figures"])
+    subprocess.run([sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(lib)], cwd=source, check=True, capture_output=True)
+    def start(*words, program=("-m", "sharp_distill")):
+        done = subprocess.run([sys.executable, *program, *words], capture_output=True, text=True, cwd=empty, env={**os.environ, "PYTHONPATH": str(lib)})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    commands = start("--help")
+    assert all(name in commands for name in ("run", "ablation", "datasets", "lab"))
+    assert "jupyter lab mine/nbs" in start("lab", "--folder", "mine") and (empty / "mine" / "nbs" / "explore.ipynb").exists()
+    noted = "import sharp_distill.app.cli as c; c.run_notebook = lambda path, given, out: print(path, given, out); c.run_cli()"
+    said = start("leaderboard", "--build", "ease", program=("-c", noted))
+    assert str(lib / "sharp_distill" / "notebooks" / "leaderboard.ipynb") in said and f"'board_dir': '{empty}/outputs/leaderboard'" in said
+    assert f"{empty}/outputs/notebooks/leaderboard.ipynb" in said
 
 
 def test_without_the_notebooks(tmp_path, monkeypatch, capsys):

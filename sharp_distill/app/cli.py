@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['notebook_folder', 'notebook_parameters', 'run_notebooks', 'summary_line', 'option_names', 'absolute', 'last_words',
-           'run_notebook', 'command_signature', 'make_command', 'list_datasets', 'build_app', 'run_cli']
+           'run_notebook', 'outputs_folder', 'placed', 'command_signature', 'make_command', 'list_datasets',
+           'copy_notebooks', 'build_app', 'run_cli']
 
 # %% ../../nbs/64_app.cli.ipynb #ffcd9613
 import ast
 import inspect
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,12 +25,13 @@ from ..data.sources import datasets
 
 # %% ../../nbs/64_app.cli.ipynb #c66bfad5
 def notebook_folder() -> Path:
-    "Find the folder of the run notebooks: beside the package, or below the present folder."
-    places = (Path(sharp_distill.__file__).parent.parent / "nbs", Path.cwd() / "nbs", Path.cwd())
+    "Find the folder of the run notebooks: of a clone, inside the installed package, or below the present folder."
+    package = Path(sharp_distill.__file__).parent
+    places = (package.parent / "nbs", package / "notebooks", Path.cwd() / "nbs", Path.cwd())
     found = [p for p in places if (p / "run.ipynb").exists()]
     if found: return found[0]
-    raise UserError("the notebooks are not here: expected a clone of the repository, with the command started in it "
-                    "or the package installed from it by `pip install -e .`.")
+    raise UserError("the notebooks are not here: expected a clone of the repository, with the command started in it, "
+                    "or the package installed from it by `pip install .`.")
 
 # %% ../../nbs/64_app.cli.ipynb #f5a75c1a
 def _cells(path) -> list: # [{"source", "metadata", ...}]
@@ -95,6 +98,19 @@ def run_notebook(path, # Of a run notebook
     part.replace(out)
     return last_words(nb)
 
+# %% ../../nbs/64_app.cli.ipynb #1bc8481f
+def outputs_folder(path: Path) -> Path: # Of a run notebook
+    "Return where results go if nobody says so."
+    installed = path.parent == Path(sharp_distill.__file__).parent / "notebooks"
+    return Path.cwd() / "outputs" if installed else path.parent.parent / "outputs"
+
+
+def placed(given: dict, path: Path) -> dict: # Parameters that were given, and more
+    "Give a notebook inside the package folders that it can write to."
+    inside = outputs_folder(path).parent != path.parent.parent
+    beside = {p["name"]: p["default"] for p in notebook_parameters(path) if str(p["default"]).startswith("../outputs")}
+    return {n: str(outputs_folder(path).parent / v.removeprefix("../")) for n, v in beside.items() if inside} | given
+
 # %% ../../nbs/64_app.cli.ipynb #11c2ad0a
 def command_signature(parameters: list) -> inspect.Signature: # As from `notebook_parameters`
     "Return the signature that typer reads: the context, one option a parameter, and where the copy is kept."
@@ -111,7 +127,8 @@ def make_command(name: str, path: Path): # Of a run notebook
     "Build the function of one command."
     def command(ctx, **values):
         given = {k: v for k, v in values.items() if ctx.get_parameter_source(k).name != "DEFAULT"}
-        folder = Path(given["output_dir"]) if "output_dir" in given else path.parent.parent / "outputs"
+        folder = Path(given["output_dir"]) if "output_dir" in given else outputs_folder(path)
+        given = placed(given, path)
         out = Path(given.pop("notebook", "") or folder / "notebooks" / f"{name}.ipynb").expanduser().resolve()
         typer.echo(f"{run_notebook(path, given, out)}\n(figures and tables: {out})")
     command.__signature__ = command_signature(notebook_parameters(path))
@@ -126,11 +143,25 @@ def list_datasets(everything: bool = False): # Also every published category
     typer.echo(table[["how", "page"]].to_string())
 
 
+def copy_notebooks(folder: str = "sharp_distill_lab"): # Made; what stands there stays
+    "Copy the run notebooks to a folder of your own, to read and to change."
+    place, kept = Path(folder).expanduser() / "nbs", []
+    try: place.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"no folder can be made at {place} ({e.strerror}): expected one to write to.") from None
+    for path in run_notebooks().values():
+        if (place / path.name).exists(): kept.append(path.name)
+        else: shutil.copyfile(path, place / path.name)
+    said = f" ({len(kept)} that were there stay as they are)" if kept else ""
+    typer.echo(f"{len([*place.glob('*.ipynb')])} notebooks are in {place}{said}; open them with: jupyter lab {place}")
+
+# %% ../../nbs/64_app.cli.ipynb #e496a5d8
 def build_app() -> typer.Typer:
     "Build the command line from the notebooks that are here."
     app = typer.Typer(help="Hypergraphs and reviews distilled into a one-layer recommender.", no_args_is_help=True,
                       add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command("datasets")(list_datasets)
+    app.command("lab")(copy_notebooks)
     for name, path in run_notebooks().items(): app.command(name)(make_command(name, path))
     return app
 

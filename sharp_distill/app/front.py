@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'step_lines', 'hold_out', 'measured', 'about_lines', 'FittedModel', 'load', 'fit']
 
-# %% ../../nbs/60_app.front.ipynb #e86168f8
+# %% ../../nbs/60_app.front.ipynb #004a1423
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 
 from ..core import Stopwatch, UserError, progress
-from ..data.columns import pick_columns
+from ..data.columns import named_columns, pick_columns
 from ..data.interactions import Interactions, as_frame, load_interactions
 from ..serve.batch import recommend_all
 from ..serve.recommender import Recommender, build_recommender, list_rules
 from ..serve.rules import several
 from .bring import id_types, read_catalogue
 
-# %% ../../nbs/60_app.front.ipynb #c0e42940
+# %% ../../nbs/60_app.front.ipynb #41db6eb9
 def step_lines(data: Interactions) -> list: # of str
     "Tell what was read and what was left out."
     lost = lambda s: f", {s.lost:,} left out" if s.lost else ""
@@ -36,7 +36,7 @@ def _with_titles(data: Interactions, catalogue) -> Interactions: # None: no cata
     old = data.item_ids if data.item_titles is None else data.item_titles
     return replace(data, item_titles=np.array([names.get(i) or t for i, t in zip(data.item_ids, old)], object))
 
-# %% ../../nbs/60_app.front.ipynb #8b56af89
+# %% ../../nbs/60_app.front.ipynb #63c683c5
 def hold_out(data: Interactions, protocol: str, holdout, seed: int): # share of the test part, or None. -> Split
     "Divide the rows; with holdout=0 the test part is empty."
     from sharp_distill.data.protocol import refit_split
@@ -54,7 +54,7 @@ def hold_out(data: Interactions, protocol: str, holdout, seed: int): # share of 
     if len(split.valid): split = refit_split(split)
     return replace(split, valid=split.test, test=split.valid) # what would be tested is what is chosen on
 
-# %% ../../nbs/60_app.front.ipynb #7369fc3b
+# %% ../../nbs/60_app.front.ipynb #37dc6dd7
 def _config(encoder: str, seed: int, temporal: bool, options: dict): # -> RunConfig
     "Put the options of a fit together; only those of the models and of the texts are open here."
     from sharp_distill.core import did_you_mean
@@ -68,7 +68,7 @@ def _config(encoder: str, seed: int, temporal: bool, options: dict): # -> RunCon
     models = "popularity,popularity_decayed,teacher,student" if temporal else "popularity,teacher,student"
     return RunConfig.from_dict(dict(encoder=encoder, seed=seed, models=models) | options)
 
-# %% ../../nbs/60_app.front.ipynb #96ee1d86
+# %% ../../nbs/60_app.front.ipynb #4370e070
 def _fit_twice(split, cfg) -> tuple: # `Fits` of train and validation, StudentState, {name: EvalResult}
     "Choose on validation, fit again on train and validation, and read the test part where there is one."
     from sharp_distill.data.evaluation import evaluate
@@ -86,7 +86,7 @@ def _fit_twice(split, cfg) -> tuple: # `Fits` of train and validation, StudentSt
     else: found = {n: evaluate(s, later.split, "test") for n, s in again.items()}
     return later, again["student"].state, found
 
-# %% ../../nbs/60_app.front.ipynb #6566ab53
+# %% ../../nbs/60_app.front.ipynb #e3b1f1e6
 def measured(found: dict) -> list: # {name: EvalResult} -> of dict, ready for JSON
     "Return one row a model: NDCG@10 with its interval over users, recall and hit rate."
     rows = []
@@ -96,7 +96,7 @@ def measured(found: dict) -> list: # {name: EvalResult} -> of dict, ready for JS
         rows.append(dict(model=name, part=r.part, users=len(r.user_idx), **values, low=low, high=high))
     return rows
 
-# %% ../../nbs/60_app.front.ipynb #55eee41d
+# %% ../../nbs/60_app.front.ipynb #496f42c8
 def _about(split, found: dict, steps: list, seconds: float) -> dict: # Ready for JSON
     "Collect what is to be known about a fit."
     day = lambda t: str(np.datetime64(int(t), "s").astype("datetime64[D]"))
@@ -105,7 +105,7 @@ def _about(split, found: dict, steps: list, seconds: float) -> dict: # Ready for
     return dict(read=steps, protocol=split.protocol, rows=parts, begins=at, seconds=round(seconds, 1),
                 measured=measured(found))
 
-# %% ../../nbs/60_app.front.ipynb #9de22dcd
+# %% ../../nbs/60_app.front.ipynb #78020d64
 def about_lines(about: dict) -> list: # of str
     "Tell what was fitted and how good it is."
     begins = "".join(f", {p} from {day}" for p, day in about["begins"].items())
@@ -118,22 +118,22 @@ def about_lines(about: dict) -> list: # of str
     if part == "valid": return lines
     return lines + [f"the {about['rows']['test']:,} test rows are not learned from: holdout=0 learns from all rows"]
 
-# %% ../../nbs/60_app.front.ipynb #4a75608e
+# %% ../../nbs/60_app.front.ipynb #00086183
 def _plain(table: pd.DataFrame, titles: bool) -> pd.DataFrame: # `titles`: whether any are known
     "Put the columns of an answer in order."
     return table[[c for c in table if c != "title"] + ["title"] * titles]
 
 
-def _own_names(frame, need) -> pd.DataFrame: # A table in memory
+def _own_names(frame, need, columns=None) -> pd.DataFrame: # A table in memory; our name -> its column
     "Give a table our column names."
     table = as_frame(frame)
     if table is None:
         raise UserError(f"{type(frame).__name__} is no table: expected a DataFrame with {' and '.join(need)}.")
     if not len(table): raise UserError(f"the table has no row: expected rows with {' and '.join(need)}.")
-    names = pick_columns(list(table.columns), need=need)
+    names = pick_columns(list(table.columns), columns, need=need)
     return table.rename(columns={theirs: ours for ours, theirs in names.items()})
 
-# %% ../../nbs/60_app.front.ipynb #2819a72c
+# %% ../../nbs/60_app.front.ipynb #64e74f0d
 def _place(rec: Recommender, catalogue: pd.DataFrame) -> tuple: # From `read_catalogue`. Recommender, str
     "Add the items of a catalogue that have a known word, and tell how many had none."
     if rec.text_encoder is None:
@@ -149,7 +149,7 @@ def _place(rec: Recommender, catalogue: pd.DataFrame) -> tuple: # From `read_cat
     some = catalogue[good]
     return rec.with_items(list(some["item_id"]), [v for v, g in zip(vectors, good) if g], list(some["title"])), said
 
-# %% ../../nbs/60_app.front.ipynb #75c026ad
+# %% ../../nbs/60_app.front.ipynb #a076fcd6
 BLOCK = 16_384 # users answered together
 
 
@@ -165,7 +165,7 @@ def _everyone(model, users, k: int, exclude, only, unknown_items: str, **asked) 
     tables = [rec.recommend(b, k, **rules, **asked) for b in (progress(blocks, "lists") if len(blocks) > 1 else blocks)]
     return _plain(pd.concat(tables, ignore_index=True), rec.item_titles is not None), len(names)
 
-# %% ../../nbs/60_app.front.ipynb #6bf3eb28
+# %% ../../nbs/60_app.front.ipynb #ca8b8dd8
 @dataclass(frozen=True, eq=False)
 class _Lists:
     "Lists of known users, exactly, under rules."
@@ -188,7 +188,7 @@ class _Lists:
             print(f"{short:,} of {n:,} lists have fewer than k = {k} items: `only` allows no more.")
         return table
 
-# %% ../../nbs/60_app.front.ipynb #a6741ca2
+# %% ../../nbs/60_app.front.ipynb #924675a3
 class _Answers(_Lists):
     "The other questions, and what was measured."
     about = property(lambda self: self.recommender.facts.get("fit", {})) # What was read, held out and measured
@@ -214,25 +214,32 @@ class _Answers(_Lists):
 
     def _own(self, table): return _plain(table, self.recommender.item_titles is not None)
 
-# %% ../../nbs/60_app.front.ipynb #f31dc9b5
+    def _rows(self, frame, columns) -> pd.DataFrame: # columns None: those that `fit` was told, where the table has them
+        found = getattr(frame, "columns", ())
+        said = {n: c for n, c in self.about.get("columns", {}).items() if c in found} if columns is None else columns
+        return _own_names(frame, ("user_id", "item_id"), said)
+
+# %% ../../nbs/60_app.front.ipynb #389c4cfc
 class FittedModel(_Answers):
     "A fitted model: it answers, learns of new rows without training, and is saved as one folder."
-    def add_interactions(self, frame) -> "FittedModel": # user_id, item_id; timestamp where times are read; review
+    def add_interactions(self, frame, # user_id, item_id; timestamp where times are read; review
+                         columns=None) -> "FittedModel": # As for `fit`; None: as there
         "Return a model that knows further rows of old and new users, for good."
-        return type(self)(self.recommender.add_interactions(_own_names(frame, ("user_id", "item_id"))))
+        return type(self)(self.recommender.add_interactions(self._rows(frame, columns)))
 
-    def add_users(self, frame) -> "FittedModel": # As for `add_interactions`
+    def add_users(self, frame, columns=None) -> "FittedModel": # As for `add_interactions`
         "Return a model that knows new users, by their items and reviews."
-        table = _own_names(frame, ("user_id", "item_id"))
+        table = self._rows(frame, columns)
         known = [u for u in dict.fromkeys(several(table["user_id"])) if u in self.recommender.user_number]
         if known:
             raise UserError(f"user {known[0]!r} is known already ({len(known):,} such): expected new users; "
                             "add_interactions takes rows of both.")
-        return self.add_interactions(frame)
+        return type(self)(self.recommender.add_interactions(table))
 
-    def add_items(self, items) -> "FittedModel": # A path or a table: item_id and columns of text
+    def add_items(self, items, # A path or a table: item_id and columns of text
+                  columns=None) -> "FittedModel": # As for `fit`; None: as there
         "Return a model that also offers new items, placed by their texts."
-        catalogue = read_catalogue(items)
+        catalogue = read_catalogue(items, self.about.get("columns") if columns is None else columns)
         known = catalogue["item_id"].isin(list(self.recommender.item_ids))
         if known.any():
             raise UserError(f"item {catalogue['item_id'][known].iloc[0]!r} is known already ({known.sum():,} such): "
@@ -257,21 +264,23 @@ class FittedModel(_Answers):
                 if r["model"] == "student"]
         return f"FittedModel({U:,} users, {I:,} items, d = {d}{''.join(good)})"
 
-# %% ../../nbs/60_app.front.ipynb #c2d74c27
+# %% ../../nbs/60_app.front.ipynb #13680b4a
 def load(folder, checksum: bool = True) -> FittedModel: # checksum: read every byte once and compare
     "Load a saved model; torch is not needed."
     return FittedModel(Recommender.load(folder, checksum))
 
-# %% ../../nbs/60_app.front.ipynb #872abaec
+# %% ../../nbs/60_app.front.ipynb #2c823034
 def _read(data, columns, catalogue, min_rating: float, k_core: int) -> Interactions:
     "Read the rows and tell what was read."
+    if (table := as_frame(data)) is not None and not len(table):
+        raise UserError("the table has no row: expected a row for each interaction, with user_id and item_id.")
     rows = load_interactions(data, columns, min_rating=float(min_rating), k_core=k_core)
     for line in step_lines(rows): print(line)
     if rows.n_items <= 20:
         raise UserError(f"the data have {rows.n_items} items: expected more than 20, the longest list measured.")
     return _with_titles(rows, catalogue)
 
-# %% ../../nbs/60_app.front.ipynb #66d6309b
+# %% ../../nbs/60_app.front.ipynb #f7e4f6df
 def fit(data, # A path, several, a table of pandas or Arrow, or the name of a data set
         columns=None, # Our name -> the file's, where not recognised: "user_id=customer,item_id=product"
         items=None, # A catalogue: a path or a table with item_id and columns of text; new items are offered, too
@@ -292,7 +301,7 @@ def fit(data, # A path, several, a table of pandas or Arrow, or the name of a da
         parts = hold_out(rows, split, holdout, seed)
         fits, student, found = _fit_twice(parts, _config(encoder, seed, parts.protocol == "temporal", options))
         rec = build_recommender(student, fits.split.train, (fits.split.test,), fits.reviews.text_encoder)
-    about = _about(parts, found, step_lines(rows), watch.s)
+    about = _about(parts, found, step_lines(rows), watch.s) | dict(columns=named_columns(columns))
     rec.facts.update(fit=about, id_types=types)
     for line in about_lines(about): print(line)
     if catalogue is None or (new := catalogue[~catalogue["item_id"].isin(list(rec.item_ids))]).empty:
