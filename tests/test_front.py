@@ -97,7 +97,9 @@ def test_rules_are_a_full_sort_of_what_is_allowed(seed, exclude, only, seen, use
         if rule is None or not isinstance(rule, dict): return rule and [f"i{i}" for i in rule]
         if not table: return {f"u{u}": [f"i{i}" for i in items] for u, items in rule.items()}
         return pd.DataFrame([(f"u{u}", f"i{i}") for u, items in rule.items() for i in items], columns=["user_id", "item_id"])
-    found = model.recommend([f"u{u}" for u in users], k, asked(exclude), asked(only), exclude_seen=seen)
+    if table and isinstance(exclude, set): exclude_table = pd.DataFrame(dict(item_id=asked(exclude)))
+    else: exclude_table = asked(exclude)
+    found = model.recommend([f"u{u}" for u in users], k, exclude_table, asked(only), exclude_seen=seen)
     assert list(found.itertuples(index=False, name=None)) == lists
 
 
@@ -131,14 +133,17 @@ def test_reasons_are_those_of_a_row_without_the_item(untimed):
     found = untimed.explain(rec.user_ids[u], rec.item_ids[i])
     got = dict(zip(found["item_id"], found["score"]))
     np.testing.assert_allclose([got[int(rec.item_ids[j])] for j in items], by_hand, rtol=1e-6)
+    same = found.set_index("because")["score"]["every user"]
+    assert same == pytest.approx(rec.user_map[-1].astype(float) @ z / n, rel=1e-6)
 
 
 def test_a_user_is_added_for_good(untimed, timed, rows, tmp_path):
-    basket = [5003, 5010, 5022]
-    new = pd.DataFrame(dict(customer_id=700, sku=basket, review=["a fine tale", None, ""]))
+    basket, words = [5003, 5010, 5022], " ".join(untimed.recommender.text_encoder.parts[0].words[:3])
+    assert untimed.recommender.text_encoder(words).any()
+    new = pd.DataFrame(dict(customer_id=700, sku=basket, review=[words, None, ""]))
     grown = untimed.add_users(new)
     rank = lambda t: list(zip(t["item_id"], t["score"].round(4)))
-    assert rank(grown.recommend(700)) == rank(untimed.recommend_new(basket, reviews="a fine tale"))
+    assert rank(grown.recommend(700)) == rank(untimed.recommend_new(basket, reviews=words))
     assert "unknown user '700'" in refused(untimed.recommend, 700) and grown.recommend(700)["user_id"].dtype == "int32"
     again = sd.load(grown.save(tmp_path / "a"))
     assert again.recommend().equals(grown.recommend()) and again.evaluate().equals(untimed.evaluate())
@@ -180,7 +185,7 @@ def test_lists_for_everyone_are_those_of_recommend(untimed, tmp_path):
     (lambda m, r: m.recommend("seven"), "unknown user 'seven'"), (lambda m, r: m.recommend("seven", unknown="popular"), "expected whole numbers"),
     (lambda m, r: m.recommend(7, exclude=[5001, 1, 2]), r"unknown item '1', '2' \(2 of 3\)"), (lambda m, r: m.recommend(7, exclude=[None]), "not an id"),
     (lambda m, r: m.recommend(7, only=[]), "only names no item"), (lambda m, r: m.recommend(7, only={8000: [5001]}), "unknown user '8000'"),
-    (lambda m, r: m.recommend(7, only=r[["user_id"]]), "without item_id"), (lambda m, r: m.recommend_new([5001], exclude={7: [5002]}), "user by user"),
+    (lambda m, r: m.recommend(7, only=r[["user_id"]]), "without item_id"), (lambda m, r: m.recommend(r[["user_id"]]), "a table was given"), (lambda m, r: m.recommend_new([5001], exclude={7: [5002]}), "user by user"),
     (lambda m, r: m.recommend(7, at="2030-01-01"), "reads no time"), (lambda m, r: m.explain([7, 8], 5001), "2 users and 1 items"),
     (lambda m, r: m.add_users(r.head(3)), "known already"), (lambda m, r: m.add_users(r[:0]), "no row"), (lambda m, r: m.add_users(7), "no table"),
     (lambda m, r: m.add_users(pd.DataFrame(dict(user_id=["x"], item_id=[5001]))), "expected whole numbers"),

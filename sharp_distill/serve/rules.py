@@ -6,7 +6,7 @@
 __all__ = ['ID_TYPES', 'numbers_of', 'text_of', 'several', 'typed', 'look_up', 'Rule', 'last_four', 'read_rule', 'Catalogue',
            'allowed_items', 'ruled_topk']
 
-# %% ../../nbs/42_serve.rules.ipynb #a010e7c7
+# %% ../../nbs/42_serve.rules.ipynb #6b1aeabf
 import math
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from ..core import UserError, content_sha, did_you_mean
 from .topk import ItemIndex, exact_topk, index_items, rank_pairs
 
-# %% ../../nbs/42_serve.rules.ipynb #8ac0cd1e
+# %% ../../nbs/42_serve.rules.ipynb #7b187ffd
 def numbers_of(names) -> dict: # id -> number
     "Number ids by their position."
     return {str(name): n for n, name in enumerate(names)}
@@ -35,12 +35,13 @@ def text_of(name) -> str:
 
 def several(names) -> list: # of str
     "Return one id or several as a list of texts."
+    if hasattr(names, "columns"): raise UserError("a table was given: expected ids, such as table['item_id'].")
     one = isinstance(names, (str, bytes, dict)) or not hasattr(names, "__iter__")
     names = [names] if one else list(names.tolist() if isinstance(names, np.ndarray) else names)
     kinds = set(map(type, names)) # a long list of texts or whole numbers needs no closer look
     return names if kinds <= {str} else list(map(str, names)) if kinds == {int} else list(map(text_of, names))
 
-# %% ../../nbs/42_serve.rules.ipynb #d2edd94c
+# %% ../../nbs/42_serve.rules.ipynb #2df1e771
 ID_TYPES = ("str", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
@@ -56,7 +57,7 @@ def typed(names: np.ndarray, # object [n] of str
         bad = next((n for n in names if not str(n).removeprefix("-").isdigit()), names[0])
         raise UserError(f"{what} {bad!r} is no id of this model: expected whole numbers ({kind}).") from None
 
-# %% ../../nbs/42_serve.rules.ipynb #a207fd52
+# %% ../../nbs/42_serve.rules.ipynb #d3d762f0
 def look_up(names, number: dict, # id -> number
             what: str, # "user" or "item"
             unknown: str = "error", # Or "ignore": leave them aside and say so
@@ -77,7 +78,7 @@ def look_up(names, number: dict, # id -> number
         found = [at for at in found if at is not None]
     return np.array(found, np.int64)
 
-# %% ../../nbs/42_serve.rules.ipynb #c0a2d805
+# %% ../../nbs/42_serve.rules.ipynb #4f874d07
 @dataclass(frozen=True, eq=False)
 class Rule:
     "Items named for everyone, or user by user."
@@ -99,13 +100,11 @@ def _pairs_of(given, what: str) -> tuple: # Texts of users [n], ids of items [n]
     if isinstance(given, dict):
         lists = {text_of(u): several(items) for u, items in given.items()}
         return [u for u, items in lists.items() for _ in items], [i for items in lists.values() for i in items]
-    lost = [c for c in ("user_id", "item_id") if c not in given]
-    if lost:
-        raise UserError(f"{what} is a table without {lost[0]}: expected columns user_id and item_id, or a list of item "
-                        "ids for everyone, such as table['item_id'].")
+    if "item_id" not in given:
+        raise UserError(f"{what} is a table without item_id: expected columns user_id and item_id, or item_id alone.")
     return several(given["user_id"]), several(given["item_id"])
 
-# %% ../../nbs/42_serve.rules.ipynb #e1acf094
+# %% ../../nbs/42_serve.rules.ipynb #f9c4d967
 def last_four(kept: dict, key, make): # `make` is called when the key is new
     "Return what is kept under a key; the oldest of four leaves."
     if key not in kept:
@@ -123,7 +122,7 @@ def _for_everyone(names: list, what: str, item_number: dict, unknown: str) -> Ru
         raise UserError("only names no item: expected at least one, or None for no rule.")
     return Rule(np.flatnonzero(named), {}, sp.csr_matrix((0, len(named)), dtype=bool))
 
-# %% ../../nbs/42_serve.rules.ipynb #3c8ee500
+# %% ../../nbs/42_serve.rules.ipynb #a9667717
 def read_rule(given, # As above
               what: str, # "exclude" or "only", for the errors
               item_number: dict, user_number: dict, # id -> number
@@ -137,6 +136,7 @@ def read_rule(given, # As above
         raise UserError(f"unknown_items is {unknown!r}: expected 'error' or 'ignore'."
                         f"{did_you_mean(unknown, ('error', 'ignore'))}")
     I = len(item_number)
+    if hasattr(given, "columns") and "item_id" in given and "user_id" not in given: given = given["item_id"]
     if not isinstance(given, dict) and not hasattr(given, "columns"):
         names = several(given)
         keep_last = lambda make: make() if kept is None else last_four(kept, (what, unknown, *names), make)
@@ -151,7 +151,7 @@ def read_rule(given, # As above
     pairs = sp.csr_matrix((np.ones(len(at), bool), at.T), shape=(len(row), I))
     return Rule(None, row, pairs)
 
-# %% ../../nbs/42_serve.rules.ipynb #86930f7e
+# %% ../../nbs/42_serve.rules.ipynb #9ad3dcc4
 @dataclass(frozen=True, eq=False)
 class Catalogue:
     "Rows of all items, prepared for searches over all or some of them."
@@ -173,7 +173,7 @@ def allowed_items(n_items: int, exclude: Rule | None, only: Rule | None): # int6
     good[left_out] = False
     return np.flatnonzero(good)
 
-# %% ../../nbs/42_serve.rules.ipynb #97a51ba7
+# %% ../../nbs/42_serve.rules.ipynb #806b4c0f
 def _among(catalogue, users, k, hide, allowed) -> tuple: # As `ruled_topk`
     "Search an index of the allowed items."
     if not len(allowed): return np.full((len(users), k), -1), np.full((len(users), k), -np.inf, np.float32)
