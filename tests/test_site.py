@@ -96,9 +96,10 @@ def test_sidebar_file_names_notebooks_that_exist():
 def test_own_data_example_runs_as_written(tmp_path):
     "The README's lines, on a small CSV."
     from sharp_distill.data.interactions import make_sample
-    make_sample(n_users=120, n_items=60).to_frame()[["user_id", "item_id", "review", "rating"]].to_csv(tmp_path / "my_reviews.csv", index=False)
+    rows = make_sample(n_users=120, n_items=60).to_frame()[["user_id", "item_id", "review", "rating"]]
+    rows.replace({"user_id": {rows["user_id"][0]: "u1"}}).to_csv(tmp_path / "my_reviews.csv", index=False)
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "SHARP_DISTILL_QUIET": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(re.findall(r"book\d{4}", done.stdout)) == 10
+    assert len(re.findall(r"u1 .*book\d{4}", done.stdout)) == 10 and (tmp_path / "student" / "student.safetensors").exists()
