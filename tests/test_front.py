@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
-from conftest import refused
+from conftest import ROOT, execute, refused
 from hypothesis import given, settings, strategies as st
 
 import sharp_distill as sd
@@ -212,3 +212,7 @@ m = m.add_items(pd.DataFrame(dict(item_id=[9100], text=[m.recommender.text_encod
 m.recommend_all(sys.argv[1] + "_lists", k=4)
 assert 9100 in set(sd.load(m.save(sys.argv[1])).recommend(700, k=70)["item_id"])"""
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True, cwd=tmp_path)
+
+
+@pytest.mark.slow # four trainings on a toy
+def test_the_page_about_your_own_runs(): execute(ROOT / "nbs" / "bring_your_own.ipynb")

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GROUPS = {"Start": r"index|run$|explore", "Basics": r"0", "Data": r"1", "Text": r"2", "Models": r"3", "Serving": r"4",
+GROUPS = {"Start": r"index|run$|explore|bring", "Basics": r"0", "Data": r"1", "Text": r"2", "Models": r"3",
           # heading -> names of its notebooks; the first match wins
-          "Experiments": r"5", "Application": r"6", "Results": r""}
+          "Serving": r"4", "Experiments": r"5", "Application": r"6", "Results": r""}
 CONF = """
 project, html_title, copyright = "SHARP-Distill", "SHARP-Distill", "the SHARP-Distill workbook authors, MIT licence"
 extensions, root_doc, html_theme = ["myst_nb", "sphinx_copybutton"], "index", "furo"
