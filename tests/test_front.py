@@ -11,6 +11,7 @@ from conftest import ROOT, execute, refused
 from hypothesis import given, settings, strategies as st
 
 import sharp_distill as sd
+from sharp_distill.app.bring import id_types
 from sharp_distill.app.front import hold_out
 from sharp_distill.data.interactions import from_frame, make_sample
 from sharp_distill.serve.recommender import Recommender
@@ -46,10 +47,9 @@ def test_ids_come_back_as_they_came(rows, timed, untimed):
     assert not set(map(tuple, lists[["user_id", "item_id"]].to_numpy())) & set(map(tuple, rows[["user_id", "item_id"]].to_numpy()))
     for same in ("7", 7., np.int64(7), [7], pd.Series([7]), np.array(["7"])): assert timed.recommend(same).equals(timed.recommend(7))
     assert untimed.explain(7, 5003)["item_id"].dropna().map(type).eq(int).all()
-    ids = sd.fit.__globals__["id_types"]
     for frame, kind in ((rows, "int32"), (rows.astype(dict(user_id=str)), "str"), (rows.astype(dict(user_id="category")), "int32")):
         for table in (frame, pa.Table.from_pandas(frame)):
-            assert ids(table, None, (), ())["user_id"] == kind
+            assert id_types(table, None, (), ())["user_id"] == kind
 
 
 def test_all_rows_are_learned_from_where_nothing_is_held_out(rows, timed, untimed):

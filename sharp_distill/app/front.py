@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCK', 'step_lines', 'hold_out', 'measured', 'about_lines', 'FittedModel', 'load', 'fit']
 
-# %% ../../nbs/60_app.front.ipynb #3f67200e
+# %% ../../nbs/60_app.front.ipynb #2fa79a7f
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..serve.recommender import Recommender, build_recommender, list_rules
 from ..serve.rules import several
 from .bring import id_types, read_catalogue
 
-# %% ../../nbs/60_app.front.ipynb #77ff6c23
+# %% ../../nbs/60_app.front.ipynb #c50f694e
 def step_lines(data: Interactions) -> list: # of str
     "Tell what was read and what was left out."
     lost = lambda s: f", {s.lost:,} left out" if s.lost else ""
@@ -36,7 +36,7 @@ def _with_titles(data: Interactions, catalogue) -> Interactions: # None: no cata
     old = data.item_ids if data.item_titles is None else data.item_titles
     return replace(data, item_titles=np.array([names.get(i) or t for i, t in zip(data.item_ids, old)], object))
 
-# %% ../../nbs/60_app.front.ipynb #7c11aa6a
+# %% ../../nbs/60_app.front.ipynb #941dfd8e
 def hold_out(data: Interactions, protocol: str, holdout, seed: int): # share of the test part, or None. -> Split
     "Divide the rows; with holdout=0 the test part is empty."
     from sharp_distill.data.protocol import refit_split
@@ -54,7 +54,7 @@ def hold_out(data: Interactions, protocol: str, holdout, seed: int): # share of 
     if len(split.valid): split = refit_split(split)
     return replace(split, valid=split.test, test=split.valid) # what would be tested is what is chosen on
 
-# %% ../../nbs/60_app.front.ipynb #7b1cc2dd
+# %% ../../nbs/60_app.front.ipynb #404ba70e
 def _config(encoder: str, seed: int, temporal: bool, options: dict): # -> RunConfig
     "Put the options of a fit together; only those of the models and of the texts are open here."
     from sharp_distill.core import did_you_mean
@@ -68,7 +68,7 @@ def _config(encoder: str, seed: int, temporal: bool, options: dict): # -> RunCon
     models = "popularity,popularity_decayed,teacher,student" if temporal else "popularity,teacher,student"
     return RunConfig.from_dict(dict(encoder=encoder, seed=seed, models=models) | options)
 
-# %% ../../nbs/60_app.front.ipynb #3b62ec7f
+# %% ../../nbs/60_app.front.ipynb #35f9c8c3
 def _fit_twice(split, cfg) -> tuple: # `Fits` of train and validation, StudentState, {name: EvalResult}
     "Choose on validation, fit again on train and validation, and read the test part where there is one."
     from sharp_distill.data.evaluation import evaluate
@@ -86,7 +86,7 @@ def _fit_twice(split, cfg) -> tuple: # `Fits` of train and validation, StudentSt
     else: found = {n: evaluate(s, later.split, "test") for n, s in again.items()}
     return later, again["student"].state, found
 
-# %% ../../nbs/60_app.front.ipynb #6260ca5c
+# %% ../../nbs/60_app.front.ipynb #7f1c113d
 def measured(found: dict) -> list: # {name: EvalResult} -> of dict, ready for JSON
     "Return one row a model: NDCG@10 with its interval over users, recall and hit rate."
     rows = []
@@ -96,7 +96,7 @@ def measured(found: dict) -> list: # {name: EvalResult} -> of dict, ready for JS
         rows.append(dict(model=name, part=r.part, users=len(r.user_idx), **values, low=low, high=high))
     return rows
 
-# %% ../../nbs/60_app.front.ipynb #54ea7e14
+# %% ../../nbs/60_app.front.ipynb #596c2305
 def _about(split, found: dict, steps: list, seconds: float) -> dict: # Ready for JSON
     "Collect what is to be known about a fit."
     day = lambda t: str(np.datetime64(int(t), "s").astype("datetime64[D]"))
@@ -105,7 +105,7 @@ def _about(split, found: dict, steps: list, seconds: float) -> dict: # Ready for
     return dict(read=steps, protocol=split.protocol, rows=parts, begins=at, seconds=round(seconds, 1),
                 measured=measured(found))
 
-# %% ../../nbs/60_app.front.ipynb #f1b943dd
+# %% ../../nbs/60_app.front.ipynb #78fb2aa1
 def about_lines(about: dict) -> list: # of str
     "Tell what was fitted and how good it is."
     begins = "".join(f", {p} from {day}" for p, day in about["begins"].items())
@@ -118,7 +118,7 @@ def about_lines(about: dict) -> list: # of str
     if part == "valid": return lines
     return lines + [f"the {about['rows']['test']:,} test rows are not learned from: holdout=0 learns from all rows"]
 
-# %% ../../nbs/60_app.front.ipynb #75595898
+# %% ../../nbs/60_app.front.ipynb #1aa47d73
 def _plain(table: pd.DataFrame, titles: bool) -> pd.DataFrame: # `titles`: whether any are known
     "Put the columns of an answer in order."
     return table[[c for c in table if c != "title"] + ["title"] * titles]
@@ -133,7 +133,7 @@ def _own_names(frame, need, columns=None) -> pd.DataFrame: # A table in memory; 
     names = pick_columns(list(table.columns), columns, need=need)
     return table.rename(columns={theirs: ours for ours, theirs in names.items()})
 
-# %% ../../nbs/60_app.front.ipynb #e3ddbaed
+# %% ../../nbs/60_app.front.ipynb #c350febf
 def _place(rec: Recommender, catalogue: pd.DataFrame) -> tuple: # From `read_catalogue`. Recommender, str
     "Add the items of a catalogue that have a known word, and tell how many had none."
     if rec.text_encoder is None:
@@ -149,7 +149,7 @@ def _place(rec: Recommender, catalogue: pd.DataFrame) -> tuple: # From `read_cat
     some = catalogue[good]
     return rec.with_items(list(some["item_id"]), [v for v, g in zip(vectors, good) if g], list(some["title"])), said
 
-# %% ../../nbs/60_app.front.ipynb #4b8cf415
+# %% ../../nbs/60_app.front.ipynb #dcca3fde
 BLOCK = 16_384 # users answered together
 
 
@@ -165,7 +165,7 @@ def _everyone(model, users, k: int, exclude, only, unknown_items: str, **asked) 
     tables = [rec.recommend(b, k, **rules, **asked) for b in (progress(blocks, "lists") if len(blocks) > 1 else blocks)]
     return _plain(pd.concat(tables, ignore_index=True), rec.item_titles is not None), len(names)
 
-# %% ../../nbs/60_app.front.ipynb #088904d7
+# %% ../../nbs/60_app.front.ipynb #fd8dd6de
 @dataclass(frozen=True, eq=False)
 class _Lists:
     "Lists of known users, exactly, under rules."
@@ -188,7 +188,7 @@ class _Lists:
             print(f"{short:,} of {n:,} lists have fewer than k = {k} items: `only` allows no more.")
         return table
 
-# %% ../../nbs/60_app.front.ipynb #26587856
+# %% ../../nbs/60_app.front.ipynb #5d17c1c2
 class _Answers(_Lists):
     "The other questions, and what was measured."
     about = property(lambda self: self.recommender.facts.get("fit", {})) # What was read, held out and measured
@@ -219,7 +219,7 @@ class _Answers(_Lists):
         said = {n: c for n, c in self.about.get("columns", {}).items() if c in found} if columns is None else columns
         return _own_names(frame, ("user_id", "item_id"), said)
 
-# %% ../../nbs/60_app.front.ipynb #bb8e12ca
+# %% ../../nbs/60_app.front.ipynb #f815d105
 class FittedModel(_Answers):
     "A fitted model: it answers, learns of new rows without training, and is saved as one folder."
     def add_interactions(self, frame, # user_id, item_id; timestamp where times are read; review
@@ -264,12 +264,12 @@ class FittedModel(_Answers):
                 if r["model"] == "student"]
         return f"FittedModel({U:,} users, {I:,} items, d = {d}{''.join(good)})"
 
-# %% ../../nbs/60_app.front.ipynb #38d8901e
+# %% ../../nbs/60_app.front.ipynb #c176ae11
 def load(folder, checksum: bool = True) -> FittedModel: # checksum: read every byte once and compare
     "Load a saved model; torch is not needed."
     return FittedModel(Recommender.load(folder, checksum))
 
-# %% ../../nbs/60_app.front.ipynb #b522406c
+# %% ../../nbs/60_app.front.ipynb #879a9f23
 def _read(data, columns, catalogue, min_rating: float, k_core: int) -> Interactions:
     "Read the rows and tell what was read."
     if (table := as_frame(data)) is not None and not len(table):
@@ -280,7 +280,7 @@ def _read(data, columns, catalogue, min_rating: float, k_core: int) -> Interacti
         raise UserError(f"the data have {rows.n_items} items: expected more than 20, the longest list measured.")
     return _with_titles(rows, catalogue)
 
-# %% ../../nbs/60_app.front.ipynb #bcb9135d
+# %% ../../nbs/60_app.front.ipynb #52ddb116
 def fit(data, # A path, several, a table of pandas or Arrow, or the name of a data set
         columns=None, # Our name -> the file's, where not recognised: "user_id=customer,item_id=product"
         items=None, # A catalogue: a path or a table with item_id and columns of text; new items are offered, too

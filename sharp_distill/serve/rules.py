@@ -6,7 +6,7 @@
 __all__ = ['ID_TYPES', 'numbers_of', 'text_of', 'several', 'typed', 'look_up', 'Rule', 'last_four', 'read_rule', 'Catalogue',
            'allowed_items', 'ruled_topk']
 
-# %% ../../nbs/42_serve.rules.ipynb #6b1aeabf
+# %% ../../nbs/42_serve.rules.ipynb #ea875c34
 import math
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from ..core import UserError, content_sha, did_you_mean
 from .topk import ItemIndex, exact_topk, index_items, rank_pairs
 
-# %% ../../nbs/42_serve.rules.ipynb #7b187ffd
+# %% ../../nbs/42_serve.rules.ipynb #543c5aa8
 def numbers_of(names) -> dict: # id -> number
     "Number ids by their position."
     return {str(name): n for n, name in enumerate(names)}
@@ -41,7 +41,7 @@ def several(names) -> list: # of str
     kinds = set(map(type, names)) # a long list of texts or whole numbers needs no closer look
     return names if kinds <= {str} else list(map(str, names)) if kinds == {int} else list(map(text_of, names))
 
-# %% ../../nbs/42_serve.rules.ipynb #2df1e771
+# %% ../../nbs/42_serve.rules.ipynb #37a81fe8
 ID_TYPES = ("str", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
@@ -57,7 +57,7 @@ def typed(names: np.ndarray, # object [n] of str
         bad = next((n for n in names if not str(n).removeprefix("-").isdigit()), names[0])
         raise UserError(f"{what} {bad!r} is no id of this model: expected whole numbers ({kind}).") from None
 
-# %% ../../nbs/42_serve.rules.ipynb #d3d762f0
+# %% ../../nbs/42_serve.rules.ipynb #454b6ef0
 def look_up(names, number: dict, # id -> number
             what: str, # "user" or "item"
             unknown: str = "error", # Or "ignore": leave them aside and say so
@@ -78,7 +78,7 @@ def look_up(names, number: dict, # id -> number
         found = [at for at in found if at is not None]
     return np.array(found, np.int64)
 
-# %% ../../nbs/42_serve.rules.ipynb #4f874d07
+# %% ../../nbs/42_serve.rules.ipynb #c780d6c0
 @dataclass(frozen=True, eq=False)
 class Rule:
     "Items named for everyone, or user by user."
@@ -104,14 +104,15 @@ def _pairs_of(given, what: str) -> tuple: # Texts of users [n], ids of items [n]
         raise UserError(f"{what} is a table without item_id: expected columns user_id and item_id, or item_id alone.")
     return several(given["user_id"]), several(given["item_id"])
 
-# %% ../../nbs/42_serve.rules.ipynb #f9c4d967
+# %% ../../nbs/42_serve.rules.ipynb #3fa97b6b
 def last_four(kept: dict, key, make): # `make` is called when the key is new
     "Return what is kept under a key; the oldest of four leaves."
-    if key not in kept:
-        made = make()
-        while len(kept) > 3: kept.pop(next(iter(kept)), None)
-        kept[key] = made
-    return kept[key]
+    found = kept.get(key)
+    if found is None: # several threads may make it at once; none waits, and none finds it gone
+        found = make()
+        while len(kept) > 3: kept.pop(next(iter(kept), None), None)
+        kept[key] = found
+    return found
 
 
 def _for_everyone(names: list, what: str, item_number: dict, unknown: str) -> Rule:
@@ -122,7 +123,7 @@ def _for_everyone(names: list, what: str, item_number: dict, unknown: str) -> Ru
         raise UserError("only names no item: expected at least one, or None for no rule.")
     return Rule(np.flatnonzero(named), {}, sp.csr_matrix((0, len(named)), dtype=bool))
 
-# %% ../../nbs/42_serve.rules.ipynb #a9667717
+# %% ../../nbs/42_serve.rules.ipynb #7d78a8a2
 def read_rule(given, # As above
               what: str, # "exclude" or "only", for the errors
               item_number: dict, user_number: dict, # id -> number
@@ -151,7 +152,7 @@ def read_rule(given, # As above
     pairs = sp.csr_matrix((np.ones(len(at), bool), at.T), shape=(len(row), I))
     return Rule(None, row, pairs)
 
-# %% ../../nbs/42_serve.rules.ipynb #9ad3dcc4
+# %% ../../nbs/42_serve.rules.ipynb #7b5a21b8
 @dataclass(frozen=True, eq=False)
 class Catalogue:
     "Rows of all items, prepared for searches over all or some of them."
@@ -173,7 +174,7 @@ def allowed_items(n_items: int, exclude: Rule | None, only: Rule | None): # int6
     good[left_out] = False
     return np.flatnonzero(good)
 
-# %% ../../nbs/42_serve.rules.ipynb #806b4c0f
+# %% ../../nbs/42_serve.rules.ipynb #44d41e5e
 def _among(catalogue, users, k, hide, allowed) -> tuple: # As `ruled_topk`
     "Search an index of the allowed items."
     if not len(allowed): return np.full((len(users), k), -1), np.full((len(users), k), -np.inf, np.float32)
