@@ -103,6 +103,16 @@ def test_rules_are_a_full_sort_of_what_is_allowed(seed, exclude, only, seen, use
     assert list(found.itertuples(index=False, name=None)) == lists
 
 
+def test_a_long_rule_asked_again_is_the_same_rule():
+    "First it is a mask, then an index of the allowed items; both are the search over all items, filtered."
+    model, hidden = toy_shop(3, n_items=2500), [f"i{i}" for i in range(0, 2500, 2)]
+    catalogue, every = model.recommender.catalogue, model.recommend("u1", k=2500)
+    wanted = every[~every["item_id"].isin(hidden)]["item_id"].tolist()[:50]
+    for asked in range(3):
+        assert model.recommend("u1", k=50, exclude=hidden)["item_id"].tolist() == wanted and len(catalogue.kept) == (asked > 0)
+    assert len(model.recommender.kept_rules) == 1
+
+
 def test_a_short_list_is_said(capsys):
     model = toy_shop(1)
     assert len(model.recommend(["u0", "u1"], k=4, only=["i1", "i2"], exclude_seen=False)) == 4

@@ -35,7 +35,7 @@ def _row_of(items, n_items: int) -> sp.csr_matrix: # bool [1, I]
 
 def _popularity(rec) -> Catalogue:
     "Prepare the items for the list of most interactions, ties by item number."
-    return Catalogue(index_items(np.asarray(rec.item_degree, np.float32)[:, None]), {})
+    return Catalogue(index_items(np.asarray(rec.item_degree, np.float32)[:, None]))
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70050
 def _moment(at) -> int: # Unix seconds
@@ -176,7 +176,7 @@ def _items_more(rec, item_ids, review_embs, titles) -> dict: # [n], [n] of float
                 item_titles=None if known is None else np.append(known, np.array(titles, object)),
                 train=train, exclude=train if rec.exclude is rec.train else wider(rec.exclude))
 
-# %% ../../nbs/43_serve.recommender.ipynb #6232b4e8
+# %% ../../nbs/43_serve.recommender.ipynb #dfb3b6c2
 def _reasons_table(rec, user_id, item_id, at): # -> DataFrame
     "Return the parts of a score by name."
     import pandas as pd
@@ -234,7 +234,7 @@ class _Lookups(StoredStudent):
     user_number = functools.cached_property(lambda self: numbers_of(self.user_ids)) # user id -> number
     item_number = functools.cached_property(lambda self: numbers_of(self.item_ids)) # item id -> number
     item_index = functools.cached_property(lambda self: index_items(self.item_emb, int8=has_fast_search()))
-    catalogue = functools.cached_property(lambda self: Catalogue(self.item_index, {})) # For searches under rules
+    catalogue = functools.cached_property(lambda self: Catalogue(self.item_index)) # For searches under rules
     kept_rules = functools.cached_property(lambda self: {}) # For everyone, as they were read last
     popularity = functools.cached_property(_popularity) # The same, by train interactions
     _item_directions = functools.cached_property(_directions)
@@ -245,7 +245,7 @@ class _Lookups(StoredStudent):
         "Return the items nearest to an item: a table with rank, item_id, title, score (cosine)."
         return _item_table(self, *_similar(self, self._item_directions, item_id, k))
 
-# %% ../../nbs/43_serve.recommender.ipynb #bbc07254
+# %% ../../nbs/43_serve.recommender.ipynb #c375d202
 class Recommender(_Lookups):
     "A distilled student that answers with titles."
     def recommend(self, user_ids, # One id or several
