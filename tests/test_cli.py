@@ -120,7 +120,7 @@ def test_installed_and_not_cloned(tmp_path):
         return done.stdout
     commands = start("--help")
     assert all(name in commands for name in ("run", "ablation", "datasets", "lab"))
-    assert "jupyter lab mine/nbs" in start("lab", "--folder", "mine") and (empty / "mine" / "nbs" / "explore.ipynb").exists()
+    assert "jupyter lab mine/nbs" in start("lab", "mine") and (empty / "mine" / "nbs" / "explore.ipynb").exists()
     noted = "import sharp_distill.app.cli as c; c.run_notebook = lambda path, given, out: print(path, given, out); c.run_cli()"
     said = start("leaderboard", "--build", "ease", program=("-c", noted))
     assert str(lib / "sharp_distill" / "notebooks" / "leaderboard.ipynb") in said and f"'board_dir': '{empty}/outputs/leaderboard'" in said

@@ -98,7 +98,7 @@ def run_notebook(path, # Of a run notebook
     part.replace(out)
     return last_words(nb)
 
-# %% ../../nbs/64_app.cli.ipynb #1bc8481f
+# %% ../../nbs/64_app.cli.ipynb #0a548db0
 def outputs_folder(path: Path) -> Path: # Of a run notebook
     "Return where results go if nobody says so."
     installed = path.parent == Path(sharp_distill.__file__).parent / "notebooks"
@@ -143,7 +143,7 @@ def list_datasets(everything: bool = False): # Also every published category
     typer.echo(table[["how", "page"]].to_string())
 
 
-def copy_notebooks(folder: str = "sharp_distill_lab"): # Made; what stands there stays
+def copy_notebooks(folder: Annotated[str, typer.Argument(help="made; what stands there stays")] = "sharp_distill_lab"):
     "Copy the run notebooks to a folder of your own, to read and to change."
     place, kept = Path(folder).expanduser() / "nbs", []
     try: place.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def copy_notebooks(folder: str = "sharp_distill_lab"): # Made; what stands there
     said = f" ({len(kept)} that were there stay as they are)" if kept else ""
     typer.echo(f"{len([*place.glob('*.ipynb')])} notebooks are in {place}{said}; open them with: jupyter lab {place}")
 
-# %% ../../nbs/64_app.cli.ipynb #e496a5d8
+# %% ../../nbs/64_app.cli.ipynb #27e109c0
 def build_app() -> typer.Typer:
     "Build the command line from the notebooks that are here."
     app = typer.Typer(help="Hypergraphs and reviews distilled into a one-layer recommender.", no_args_is_help=True,
