@@ -6,7 +6,7 @@
 __all__ = ['ID_TYPES', 'numbers_of', 'text_of', 'several', 'typed', 'look_up', 'Rule', 'keep_last', 'read_rule', 'Catalogue',
            'allowed_items', 'ruled_topk']
 
-# %% ../../nbs/42_serve.rules.ipynb #f5f0e1a3
+# %% ../../nbs/42_serve.rules.ipynb #c90cbf16
 import math
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from ..core import UserError, content_sha, did_you_mean
 from .topk import ItemIndex, exact_topk, index_items, rank_pairs
 
-# %% ../../nbs/42_serve.rules.ipynb #107ff461
+# %% ../../nbs/42_serve.rules.ipynb #8cdea7c5
 def numbers_of(names) -> dict: # id -> number
     "Number ids by their position."
     return {str(name): n for n, name in enumerate(names)}
@@ -41,7 +41,7 @@ def several(names) -> list: # of str
     kinds = set(map(type, names)) # a long list of texts or whole numbers needs no closer look
     return names if kinds <= {str} else list(map(str, names)) if kinds == {int} else list(map(text_of, names))
 
-# %% ../../nbs/42_serve.rules.ipynb #473424ca
+# %% ../../nbs/42_serve.rules.ipynb #a9b07718
 ID_TYPES = ("str", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))
 
 
@@ -57,7 +57,7 @@ def typed(names: np.ndarray, # object [n] of str
         bad = next((n for n in names if not str(n).removeprefix("-").isdigit()), names[0])
         raise UserError(f"{what} {bad!r} is no id of this model: expected whole numbers ({kind}).") from None
 
-# %% ../../nbs/42_serve.rules.ipynb #33967776
+# %% ../../nbs/42_serve.rules.ipynb #be858563
 def look_up(names, number: dict, # id -> number
             what: str, # "user" or "item"
             unknown: str = "error", # Or "ignore": leave them aside and say so
@@ -78,7 +78,7 @@ def look_up(names, number: dict, # id -> number
         found = [at for at in found if at is not None]
     return np.array(found, np.int64)
 
-# %% ../../nbs/42_serve.rules.ipynb #73cc6095
+# %% ../../nbs/42_serve.rules.ipynb #7064a557
 @dataclass(frozen=True, eq=False)
 class Rule:
     "Items named for everyone, or user by user."
@@ -104,7 +104,7 @@ def _pairs_of(given, what: str) -> tuple: # Texts of users [n], ids of items [n]
         raise UserError(f"{what} is a table without item_id: expected columns user_id and item_id, or item_id alone.")
     return several(given["user_id"]), several(given["item_id"])
 
-# %% ../../nbs/42_serve.rules.ipynb #24f16196
+# %% ../../nbs/42_serve.rules.ipynb #b74b0251
 def keep_last(kept: dict, key, make, most: int = 4): # `make` is called when the key is new
     "Return what is kept under a key; of `most`, the oldest leaves."
     found = kept.get(key)
@@ -123,7 +123,7 @@ def _for_everyone(names: list, what: str, item_number: dict, unknown: str) -> Ru
         raise UserError("only names no item: expected at least one, or None for no rule.")
     return Rule(np.flatnonzero(named), {}, sp.csr_matrix((0, len(named)), dtype=bool))
 
-# %% ../../nbs/42_serve.rules.ipynb #e00de76b
+# %% ../../nbs/42_serve.rules.ipynb #61dac416
 def read_rule(given, # As above
               what: str, # "exclude" or "only", for the errors
               item_number: dict, user_number: dict, # id -> number
@@ -152,7 +152,7 @@ def read_rule(given, # As above
     pairs = sp.csr_matrix((np.ones(len(at), bool), at.T), shape=(len(row), I))
     return Rule(None, row, pairs)
 
-# %% ../../nbs/42_serve.rules.ipynb #e9538aa1
+# %% ../../nbs/42_serve.rules.ipynb #db7b63f2
 @dataclass(frozen=True, eq=False)
 class Catalogue:
     "Rows of all items, prepared for searches over all or some of them."
@@ -167,9 +167,11 @@ class Catalogue:
 
     def pays(self, items: np.ndarray, n_users: int) -> bool: # int64 [m], rising
         "Say whether an index of these items costs less than masking the others: for many users, or asked again."
-        hidden, key = self.index.n_items - len(items), items.tobytes()
-        if n_users * hidden > 4 * len(items) or hidden > 1000 and key in self.asked: return True
-        return not keep_last(self.asked, key, lambda: True)
+        hidden = self.index.n_items - len(items)
+        if n_users * hidden > 4 * len(items): return True
+        if hidden <= 1000: return False
+        key = items.tobytes()
+        return key in self.asked or not keep_last(self.asked, key, lambda: True)
 
 
 def allowed_items(n_items: int, exclude: Rule | None, only: Rule | None): # int64 [m], rising; None: all
@@ -181,7 +183,7 @@ def allowed_items(n_items: int, exclude: Rule | None, only: Rule | None): # int6
     good[left_out] = False
     return np.flatnonzero(good)
 
-# %% ../../nbs/42_serve.rules.ipynb #acf63a09
+# %% ../../nbs/42_serve.rules.ipynb #3efe5f46
 def _among(catalogue, users, k, hide, allowed) -> tuple: # As `ruled_topk`
     "Search an index of the allowed items."
     if not len(allowed): return np.full((len(users), k), -1), np.full((len(users), k), -np.inf, np.float32)
