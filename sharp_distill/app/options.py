@@ -9,7 +9,7 @@ __all__ = ['SHARED', 'KEYS', 'named_values', 'add_value', 'loss_weights', 'trans
 from ..core import UserError, did_you_mean
 from ..models.teacher import TeacherConfig
 from ..models.distillation import StudentConfig, TargetConfig
-from ..models.registry import DistilledConfig
+from ..models.distillation import DistilledConfig
 
 # %% ../../nbs/63_app.options.ipynb #149b28b0
 SHARED = { # README's key -> our options, each with the part it belongs to

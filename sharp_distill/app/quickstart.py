@@ -21,7 +21,8 @@ from ..text.reviews import encode_reviews
 from ..models.hypergraphs import build_hypergraphs
 from ..models.baselines import LightGCNConfig
 from ..models.teacher import TeacherConfig
-from ..models.registry import DistilledConfig, Fits
+from ..models.distillation import DistilledConfig
+from ..models.registry import Fits
 from ..serve.recommender import Recommender, build_recommender
 
 # %% ../../nbs/60_app.quickstart.ipynb #2f42672c

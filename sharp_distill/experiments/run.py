@@ -36,10 +36,10 @@ from ..text.reviews import ReviewConfig, ReviewEmbeddings, encode_reviews
 from ..models.teacher import CUT_IN_TIME, TeacherConfig
 from ..models.teacher_products import BLOCKS_UP_TO
 from ..models.student import StudentState
-from ..models.distillation import StudentConfig, TargetConfig, distill
+from ..models.distillation import DistilledConfig, StudentConfig, TargetConfig, distill
 from ..models.published import with_switches
 from ..models.registry import (
-    DistilledConfig, Fits, fit_method, method, methods, methods_for, refit, shared_targets)
+    Fits, fit_method, method, methods, methods_for, refit, shared_targets)
 from ..serve.recommender import build_recommender
 from .latency import time_queries
 from .ledger import note_reading
