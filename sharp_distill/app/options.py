@@ -8,8 +8,7 @@ __all__ = ['SHARED', 'KEYS', 'named_values', 'add_value', 'loss_weights', 'trans
 # %% ../../nbs/63_app.options.ipynb #37099c3a
 from ..core import UserError, did_you_mean
 from ..models.teacher import TeacherConfig
-from ..models.distillation import StudentConfig, TargetConfig
-from ..models.distillation import DistilledConfig
+from ..models.distillation import DistilledConfig, StudentConfig, TargetConfig
 
 # %% ../../nbs/63_app.options.ipynb #149b28b0
 SHARED = { # README's key -> our options, each with the part it belongs to

@@ -17,7 +17,8 @@ def standardise(scores: np.ndarray) -> np.ndarray: # float32 [B, I] -> the same 
     "Give every row mean 0 and deviation 1; a constant row becomes 0."
     centred = scores - scores.mean(1, keepdims=True)
     spread = np.sqrt(np.einsum("bi,bi->b", centred, centred) / scores.shape[1])
-    centred /= np.maximum(spread, 1e-9)[:, None]
+    noise = 1e-6 * np.abs(scores).max(1) + np.finfo(np.float32).tiny # what rounding leaves of a constant row
+    centred /= np.maximum(spread, noise)[:, None]
     return centred
 
 # %% ../../nbs/32_models.fusion.ipynb #f0510009
