@@ -205,7 +205,7 @@ def test_the_memory_that_is_refused_is_the_memory_that_is_taken():
 def test_growth_is_fitted_and_drawn_for_each_form():
     from sharp_distill.experiments.sizes import KEY, growth_table, ridge_growth, wanted_rows
     from sharp_distill.plots.results import plot_growth
-    rows = [dict(form=form, n_neighbours=n, device="cpu", n_items=size, seconds=1e-9 * size**power, peak_mib=float(size), ndcg=.1)
+    rows = [dict(dataset=f"{size} shops", form=form, n_neighbours=n, device="cpu", n_items=size, seconds=1e-9 * size**power, peak_mib=float(size), ndcg=.1)
             for form, n, power in (("local", 100, 1), ("local", 200, 1), ("dense", 0, 3)) for size in (4362, 8724, 19_629)]
     assert np.allclose(ridge_growth(rows)["seconds_exponent"], [1, 1, 3])
     axes = plot_growth(growth_table(rows), dict(seconds="fit, s", peak_mib="MiB", ndcg="NDCG@10"), xlabel="items", log=("seconds", "peak_mib"))
@@ -213,6 +213,23 @@ def test_growth_is_fitted_and_drawn_for_each_form():
     wanted = wanted_rows((2, 30), (100, 200), "cuda", 2181, 20_000)
     assert [tuple(r[k] for k in KEY[1:]) for r in wanted if r["shops"] == 2] == [("local", 100, "cuda"), ("local", 200, "cuda"), ("dense", 0, "cpu")]
     assert {r["form"] for r in wanted if r["shops"] == 30} == {"local"} # beyond the dense form's limit
+
+
+def test_a_search_under_time_begins_with_each_half_life():
+    from sharp_distill.experiments.search import first_settings
+    from sharp_distill.models.registry import method
+    timed = first_settings(method("lightgcn").under("temporal"))
+    assert [s["row_half_life"] for s in timed] == [0., 60., 240.] and len({s["lr"] for s in timed}) == 1
+    assert len(first_settings(method("lightgcn").under("random"))) == 1 and "row_half_life" not in method("lightgcn").space
+
+
+def test_rows_are_drawn_by_their_age():
+    split = make_split(make_sample(seed=3, n_users=150), "temporal")
+    few = b.LightGCNConfig(epochs=2, emb_dim=8)
+    alike, aged, again = (b.fit_lightgcn(split, few.replace(row_half_life=h)) for h in (0., 30., 30.))
+    assert not np.array_equal(alike.item_emb, aged.item_emb) and np.array_equal(aged.item_emb, again.item_emb)
+    blind = replace(split, train=from_frame(split.train.to_frame().drop(columns="timestamp")))
+    with pytest.raises(UserError, match="needs times"): b.fit_lightgcn(blind, few.replace(row_half_life=30.))
 
 
 @pytest.mark.slow # five processes, each with torch

@@ -265,7 +265,8 @@ def train_sasrec(split, cfg: SASRecConfig = SASRecConfig(),
         return seen[-1]
     def loss(w, _, epoch, gen): return next_item_loss(model, h, start[w.cpu()], length[w.cpu()], gen)
     every = np.arange(len(start))
-    history = fit(model, (every, every), loss, validate, cfg, checkpoint, "sasrec", (split.train.sha,))
+    history = fit(model, (every, every), loss, validate, cfg, checkpoint, "sasrec",
+                  (split.train.sha, *([] if text is None else ["text"])))
     user_emb = user_states(model, h, np.arange(split.n_users)).numpy()
     return SequenceState(user_emb, items().numpy(), sum(w.numel() for w in model.parameters()), cfg, history)
 
