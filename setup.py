@@ -11,7 +11,6 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 
 
-
 class BuildWithNotebooks(build_py):
     "Put the run notebooks, which are the commands, beside the modules; a clone has them in nbs/."
     def run(self):
