@@ -214,3 +214,10 @@ def test_stored_results_are_records_of_the_default_run():
         record["config"] = NEWER | record["config"] | dict(teacher_sequence="none")
         default = RunConfig.from_dict(dict(dataset=record["dataset"])).flat() | dict(output_dir=None, dataset=record["dataset"])
         assert json.loads(json.dumps(default)) == record["config"], path.name
+
+
+def test_a_half_life_that_is_said_is_taken():
+    from sharp_distill.experiments import run
+    cfg = RunConfig.from_dict(dict(dataset="sample", split="temporal", teacher_row_half_life=30, teacher_epochs=1, teacher_item_filter="none"))
+    fits = run.run_fits(run.prepare(cfg), cfg)
+    assert run.fit_on_grid("teacher", fits).chosen["row_half_life"] == 30

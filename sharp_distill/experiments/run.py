@@ -214,7 +214,7 @@ def run_fits(prepared: Prepared, cfg: RunConfig) -> Fits:
 def fit_on_grid(name: str, fits: Fits, seed: int = 0) -> Scorer:
     "Fit a method with the best values of its small grid on validation; its seconds are those of all fits."
     m, options, best, in_time = method(name), fits.config(name).flat(), [], fits.split.protocol in CUT_IN_TIME
-    grid = m.grid | {o: v for o, v in m.in_time.items() if in_time and options[o] >= 0} # -1: the fit itself chooses
+    grid = m.grid | {o: v for o, v in m.in_time.items() if in_time and m.config().flat()[o] >= 0} # -1: its fit chooses
     if not grid: return fits.fit(name, seed)
     def ndcg(o): # keeps the best scorer
         scorer = fit_method(name, fits.split, fits.reviews, fits.config(name, seed=seed).replace(**o), fits)
