@@ -1713,6 +1713,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                     'sharp_distill/models/distillation.py'),
                                                    'sharp_distill.models.distillation.StudentModule.read_time': ( 'models.distillation.html#studentmodule.read_time',
                                                                                                                   'sharp_distill/models/distillation.py'),
+                                                   'sharp_distill.models.distillation._sized_student': ( 'models.distillation.html#_sized_student',
+                                                                                                         'sharp_distill/models/distillation.py'),
                                                    'sharp_distill.models.distillation.build_student': ( 'models.distillation.html#build_student',
                                                                                                         'sharp_distill/models/distillation.py'),
                                                    'sharp_distill.models.distillation.check_inputs': ( 'models.distillation.html#check_inputs',

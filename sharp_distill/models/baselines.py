@@ -23,13 +23,13 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..core import Config, Stopwatch, UserError, option, pick_device, progress, torch_rng
-from ..data.evaluation import Scorer, evaluate, rank_topk
+from ..data.evaluation import Scorer, rank_topk
 from .hypergraphs import SparseOp, build_hypergraphs, safe_power
 from sharp_distill.models.item_filter import (
     N_NEIGHBOURS, ItemGram, add_gram, filter_scores, item_gram, nearest_items, solve_local, solve_ridge, sparse_gram,
     text_gram, text_likeness)
 from .training import (
-    BY_AGE, TrainConfig, fit, l2_penalty, mask_train, ranking_loss, row_weights, sample_candidates)
+    BY_AGE, TrainConfig, fit, l2_penalty, mask_train, ranking_loss, row_weights, sample_candidates, valid_ndcg)
 
 # %% ../../nbs/33_models.baselines.ipynb #052a37ae
 def stored_bytes(*arrays) -> int: # numpy arrays and scipy csr matrices
@@ -359,7 +359,7 @@ def fit_ranking_model(name: str, split,
     def validate():
         if not len(split.valid): return float("nan") # a fit on all that is known runs to its end
         p, q = final_embeddings(model)
-        seen.append(evaluate(lambda u: p[u] @ q.T, split, "valid", ks=(10,)).mean("NDCG@10"))
+        seen.append(valid_ndcg(lambda u: p[u] @ q.T, split))
         if watch: watch(len(seen) - 1, seen[-1])
         return seen[-1]
     history = fit(model, (split.train.user_idx, split.train.item_idx),

@@ -47,7 +47,7 @@ class TrainConfig(Config):
     patience: int = option(8, "validations without a better one before stopping", lo=1)
     reg: float = option(1e-3, "L2 weight on the embeddings of a batch", lo=0.)
     loss: str = option("softmax", "ranking loss", choices=("softmax", "bpr", "mse"))
-    n_negatives: int = option(0, "negatives shared by a batch; 0: the whole catalogue, or 8,192 of a large one", lo=0)
+    n_negatives: int = option(0, "negatives shared by a batch; 0: the whole catalogue, or 2,048 of a large one", lo=0)
     precision: str = option("float32", "arithmetic of the forward pass", choices=("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, batches and negatives", lo=0)
     device: str = option("auto", "auto, cpu, cuda, mps")
@@ -58,11 +58,12 @@ MANY_ROWS, FEW_STEPS = 2**19, 8 # beyond, where a step's pass over the whole gra
 
 
 def resolve_batch_size(cfg: TrainConfig,
-                       n_rows: int, # Train rows, 0 or more
+                       n_rows: int, # Rows of an epoch, 0 or more
+                       n_edges: int = 0, # Train rows, where an epoch walks through something else, such as users
                       ) -> int: # Rows a step
     "Return the batch size of a training, by its size where `cfg.batch_size` is 0."
     if cfg.batch_size: return cfg.batch_size
-    n_steps = STEPS if n_rows < MANY_ROWS else FEW_STEPS
+    n_steps = STEPS if max(n_rows, n_edges) < MANY_ROWS else FEW_STEPS
     return max(2 ** round(math.log2(max(n_rows, 1) / n_steps)), cfg.least_batch)
 
 
@@ -126,7 +127,7 @@ def info_nce(a, b, # [B, d] partners row by row
 
 # %% ../../nbs/31_models.training.ipynb #8dddc86e
 ALL_ITEMS = 20_000 # the largest catalogue that is a batch's negatives as a whole
-DRAWN = 8192 # items drawn from a larger one
+DRAWN = 2048 # items drawn from a larger one
 MOST_SCORES = 2**26 # of a batch's rows with them; more rows get fewer items
 
 
