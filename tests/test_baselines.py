@@ -75,6 +75,39 @@ def test_a_ready_kernel_is_the_text_behind_it(split):
     assert text.config == kernel.config == b.TextEASEConfig().to_dict()
 
 
+def test_the_same_evidence_is_the_same_ridge(split):
+    "EASE and its kin with the options of the teacher's ridge, against the ridge itself and by hand; without times there are no sessions."
+    from sharp_distill.models.hypergraphs import session_hyperedges
+    from sharp_distill.models.sessions import EvidenceConfig, item_evidence
+    words, R, same = item_tfidf(split), split.train.to_csr(), dict(reg=50., edge_power=.5, session_weight=2.)
+    told = dict(ridge=50., text_weight=2., n_neighbours=split.n_items - 1)
+    ridge = f.fit_item_filter(split, encode_reviews(split, "tfidf"), session_hyperedges(split.train), 2., .5, chosen=told).B
+    dense = b.fit_text_ease(split, words, b.TFIDFEASEConfig(text_weight=2., **same))
+    local = b.fit_local_ease(split, b.LocalTextEASEConfig(text_weight=2., n_neighbours=4096, **same), words)
+    for scorer in (dense, local): assert np.allclose(scorer(USERS), (R[USERS] @ ridge).toarray(), atol=1e-4)
+    E = item_evidence(split.train, EvidenceConfig(session_weight=2.))
+    S = session_hyperedges(split.train)
+    assert np.allclose((E.T @ E).toarray(), (R.T @ R + 2 * S @ S.T).toarray(), atol=1e-3)
+    knn = b.fit_itemknn(split, b.ItemKNNConfig(split.n_items, 0., session_weight=2.))
+    G = (E.T @ E).toarray(); root = np.sqrt(np.maximum(np.diag(G), 1e-9)); G = G / root / root[:, None]; np.fill_diagonal(G, 0)
+    assert np.allclose(knn(USERS), R[USERS] @ G, atol=1e-4)
+    blind = replace(split, train=from_frame(split.train.to_frame().drop(columns="timestamp")))
+    assert np.array_equal(b.fit_ease(blind, b.EASEConfig(**same))(USERS), b.fit_ease(blind, b.EASEConfig(50., edge_power=.5))(USERS))
+
+
+def test_what_a_search_may_read_is_said():
+    "A method says \"times\" under each protocol in which an option that reads them is searched, and no stored row reads more than it did."
+    from sharp_distill.models.registry import method, methods
+    for name in methods():
+        for protocol in ("random", "temporal"):
+            m = method(name).under(protocol)
+            if {"session_weight", "row_half_life", "half_life", "trend_half_life"} & set(m.space): assert "times" in m.reads, (name, protocol)
+    assert "times" not in method("lightgcn").under("random").reads
+    for name in ("itemknn", "ease", "ease+tfidf", "ease+deberta", "local_ease", "local_ease+tfidf"):
+        flat = method(name).config().flat()
+        assert (flat["edge_power"], flat["session_weight"], flat.get("text_form", "full")) == (0, 0, "full") and "session_weight" in method(name).space
+
+
 @pytest.mark.parametrize("name", CLOSED)
 def test_closed_forms_beat_popularity_and_read_train_only(split, popular, name):
     scorer, empty = CLOSED[name](split), split.train.take(np.zeros(len(split.train), bool))
@@ -92,12 +125,14 @@ def test_every_scorer_carries_its_config(split):
         assert type(cfg).from_dict(scorer.config) == cfg and scorer.name in fit.__name__
 
 
-def test_slim_counts_the_columns_that_did_not_converge(split, monkeypatch):
-    assert b.fit_slim(split).history == dict(columns=split.n_items, not_converged=0)
+def test_slim_counts_the_columns_that_did_not_converge(split, monkeypatch, capsys):
+    assert b.fit_slim(split).history == dict(columns=split.n_items, not_converged=0) and not capsys.readouterr().out
     hurried = lambda R, cfg: whole(R, cfg, max_iter=1)
     whole = b.slim_weights
     monkeypatch.setattr(b, "slim_weights", hurried)
     assert b.fit_slim(split, b.SLIMConfig(.01, 1.)).history["not_converged"] > split.n_items / 2
+    said = capsys.readouterr().out
+    assert "did not converge" in said and said.count("\n") == 1
 
 
 def test_implicit_missing_is_one_clear_line(split, monkeypatch):

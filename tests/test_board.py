@@ -123,7 +123,7 @@ def test_a_row_is_of_the_model_fitted_up_to_its_window(in_time):
         cut, joined = f.split.cut, refit_split(f.split)
         row = next(r for r in rows if r["model"] == "ease" and r["cut"] == cut)
         assert row["config"]["reg"] == best["ease", cut]["reg"]
-        asked = lambda on: evaluate(with_popularity_fallback(fit_ease(on, EASEConfig(reg=row["config"]["reg"])), on, cold_half_life(f.split)), on)
+        asked = lambda on: evaluate(with_popularity_fallback(fit_ease(on, EASEConfig.from_dict(row["config"])), on, cold_half_life(f.split)), on)
         result, alone = asked(joined), asked(f.split)
         assert row["metrics"]["NDCG@10"] == result.mean() != alone.mean()
         assert row["metrics_warm"]["NDCG@10"] == with_history(result, joined).mean()

@@ -45,10 +45,12 @@ def board_row(scorer: Scorer, split: Split, seed: int) -> tuple: # (row, EvalRes
     return measured_row(scorer, result, split, seed), result
 
 
+def _method_of(row): return method(row["model"]).under("temporal" if "cut" in row else "random")
+
+
 def options_of(row: dict) -> dict: # Option -> value
     "Return the searched options of a row."
-    m = method(row["model"]).under("temporal" if "cut" in row else "random")
-    return {o: row["config"][o] for o in m.space if o in row["config"]}
+    return {o: row["config"][o] for o in _method_of(row).space if o in row["config"]}
 
 # %% ../../nbs/55_experiments.rows.ipynb #13f61ee9
 def window_facts(split: Split) -> dict: # Ready for JSON
@@ -135,7 +137,7 @@ def board_frame(rows: list, metric: str = "NDCG@10",
         (_, low, high), mean = t_interval(seed_means(rs, value) or [np.nan]), over_windows(rs, value)
         over = lambda k: float(np.mean([r[k] for r in rs]))
         one = len({r["seed"] for r in rs}) < 2 # a closed form has no interval over seeds
-        out[m] = {"label": method(m).label, "group": " + ".join(method(m).reads), "kind": method(m).kind,
+        out[m] = {"label": method(m).label, "group": " + ".join(_method_of(rs[0]).reads), "kind": method(m).kind,
                   "seeds": len({r["seed"] for r in rs}), "mean": mean,
                   "low": mean if one else low,
                   "high": mean if one else high, "parameters": int(over("n_params")), "MiB": over("bytes") / 2**20,

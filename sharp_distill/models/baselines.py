@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['stored_bytes', 'PopularityConfig', 'fit_popularity', 'item_graph', 'item_scorer', 'ItemKNNConfig', 'fit_itemknn',
-           'RP3betaConfig', 'fit_rp3beta', 'GFCFConfig', 'fit_gfcf', 'EASEConfig', 'TextEASEConfig', 'fit_ease',
-           'fit_kernel_ease', 'fit_text_ease', 'LocalEASEConfig', 'LocalTextEASEConfig', 'fit_local_ease', 'SLIMConfig',
-           'slim_weights', 'fit_slim', 'embedding_scorer', 'IALSConfig', 'fit_ials', 'RankingConfig',
+           'RP3betaConfig', 'fit_rp3beta', 'GFCFConfig', 'fit_gfcf', 'EASEConfig', 'TextEASEConfig', 'TFIDFEASEConfig',
+           'fit_ease', 'fit_kernel_ease', 'fit_text_ease', 'LocalEASEConfig', 'LocalTextEASEConfig', 'fit_local_ease',
+           'SLIMConfig', 'slim_weights', 'fit_slim', 'embedding_scorer', 'IALSConfig', 'fit_ials', 'RankingConfig',
            'AgedRankingConfig', 'LightGCNConfig', 'LightGCN', 'pair_loss', 'final_embeddings', 'fit_ranking_model',
            'fit_lightgcn', 'BPRMFConfig', 'fit_bprmf']
 
@@ -28,6 +28,7 @@ from .hypergraphs import SparseOp, build_hypergraphs, safe_power
 from sharp_distill.models.item_filter import (
     N_NEIGHBOURS, ItemGram, add_gram, filter_scores, item_gram, nearest_items, solve_local, solve_ridge, sparse_gram,
     text_gram, text_likeness)
+from .sessions import EvidenceConfig, item_evidence
 from .training import (
     BY_AGE, TrainConfig, fit, l2_penalty, mask_train, ranking_loss, row_weights, sample_candidates, valid_ndcg)
 
@@ -50,13 +51,13 @@ def fit_popularity(split, cfg: PopularityConfig = PopularityConfig()) -> Scorer:
     return Scorer("popularity", score, len(count), count.nbytes, w.s, config=cfg.to_dict())
 
 # %% ../../nbs/33_models.baselines.ipynb #2d915e13
-def item_graph(R: sp.csr_matrix, # [U, I] train interactions
+def item_graph(R: sp.csr_matrix, # [U, I] train interactions; or rows of `item_evidence`
                source: float, user: float, target: float, # Exponents of the three degrees
                n_neighbours: int = N_NEIGHBOURS, # Sources kept for each target
                shrink: float = 0., # Weight co / (co + shrink) for pairs that few users share
               ) -> sp.csr_matrix: # float32 [I, I], source by target, zero diagonal
     "Return degree-weighted co-occurrence, with the strongest sources of each target."
-    n, d_u, d_i = R.shape[1], np.asarray(R.sum(1)).ravel(), np.asarray(R.sum(0)).ravel()
+    n, d_u, d_i = R.shape[1], np.asarray(R.sum(1)).ravel(), np.asarray(R.multiply(R).sum(0)).ravel()
     left = sp.csr_matrix((R @ sp.diags(safe_power(d_i, -target))).T)
     right = sp.csr_matrix(sp.diags(safe_power(d_u, -user)) @ R @ sp.diags(safe_power(d_i, -source)))
     rows, cols, data, step = [], [], [], max(1, 2**24 // n)
@@ -85,7 +86,7 @@ def item_scorer(name: str, split,
 
 # %% ../../nbs/33_models.baselines.ipynb #e6e258a4
 @dataclass(frozen=True)
-class ItemKNNConfig(Config):
+class ItemKNNConfig(EvidenceConfig):
     "Options of cosine neighbours."
     n_neighbours: int = option(N_NEIGHBOURS, "sources kept for each item", lo=1)
     shrink: float = option(10., "weight co / (co + shrink) for pairs that few users share", lo=0.)
@@ -93,7 +94,7 @@ class ItemKNNConfig(Config):
 
 def fit_itemknn(split, cfg: ItemKNNConfig = ItemKNNConfig()) -> Scorer:
     "Fit cosine similarity between items, damped for pairs with few common users."
-    with Stopwatch() as w: B = item_graph(split.train.to_csr(), .5, 0, .5, cfg.n_neighbours, cfg.shrink)
+    with Stopwatch() as w: B = item_graph(item_evidence(split.train, cfg), .5, 0, .5, cfg.n_neighbours, cfg.shrink)
     return item_scorer("itemknn", split, B, w.s, cfg.to_dict())
 
 # %% ../../nbs/33_models.baselines.ipynb #e8a3693e
@@ -125,8 +126,7 @@ def fit_gfcf(split, cfg: GFCFConfig = GFCFConfig()) -> Scorer:
     R = split.train.to_csr()
     with Stopwatch() as w:
         A = build_hypergraphs(R)[0].factor
-        n_dims = min(cfg.n_dims, min(A.shape) - 1)
-        V = randomized_svd(A, n_dims, n_iter=4, random_state=cfg.seed)[2].T.astype(np.float32)
+        V = randomized_svd(A, min(cfg.n_dims, min(A.shape) - 1), n_iter=4, random_state=cfg.seed)[2].T.astype("f4")
         root = np.sqrt(np.asarray(R.sum(0), np.float32).ravel())
         into, out = V * safe_power(root, -1)[:, None], (V * root[:, None]).T * np.float32(cfg.low_pass)
     def score(user_idx):
@@ -136,7 +136,7 @@ def fit_gfcf(split, cfg: GFCFConfig = GFCFConfig()) -> Scorer:
 
 # %% ../../nbs/33_models.baselines.ipynb #30cf5820
 @dataclass(frozen=True)
-class EASEConfig(Config):
+class EASEConfig(EvidenceConfig):
     "Options of EASE."
     reg: float = option(300., "ridge added to the diagonal", lo=1e-3, hi=1e9)
 
@@ -146,10 +146,17 @@ class TextEASEConfig(EASEConfig):
     "Options of EASE with text."
     text_weight: float = option(3., "weight of the text, in units of an item's mean interactions", lo=0., hi=1e6)
 
+
+@dataclass(frozen=True)
+class TFIDFEASEConfig(TextEASEConfig):
+    "Options of EASE with TF-IDF."
+    text_form: str = option("full", "TF-IDF rows of items: as they are, reduced as networks read them, or half of each",
+                            choices=("full", "reduced", "both"))
+
 # %% ../../nbs/33_models.baselines.ipynb #8dc38147
 def fit_ease(split, cfg: EASEConfig = EASEConfig()) -> Scorer:
     "Fit EASE: predict each item from all others by ridge regression, in closed form."
-    with Stopwatch() as w: B = solve_ridge(item_gram(split.train.to_csr()), cfg.reg, overwrite=True)
+    with Stopwatch() as w: B = solve_ridge(item_gram(item_evidence(split.train, cfg)), cfg.reg, overwrite=True)
     return item_scorer("ease", split, B, w.s, cfg.to_dict())
 
 # %% ../../nbs/33_models.baselines.ipynb #144bebcd
@@ -162,17 +169,20 @@ def fit_kernel_ease(split,
         raise UserError(f"the kernel has shape {kernel.shape}: expected {2 * (R.shape[1],)}, "
                         "a row and a column for each item.")
     with Stopwatch() as w:
-        gram = add_gram(item_gram(R), kernel, cfg.text_weight * R.nnz / R.shape[1])
+        gram = add_gram(item_gram(item_evidence(split.train, cfg)), kernel, cfg.text_weight * R.nnz / R.shape[1])
         B = solve_ridge(gram, cfg.reg, overwrite=True)
     return item_scorer(name, split, B, w.s, cfg.to_dict())
 
 
-def fit_text_ease(split, item_text, # [I, V] one row an item, dense or sparse; zero rows without text
+def fit_text_ease(split, item_text, # [I, V] one row an item, dense or sparse, zero without text; or a list of such
                   cfg: TextEASEConfig = TextEASEConfig(), name: str = "ease+text") -> Scorer:
-    "Fit EASE with the items' text as further rows of evidence."
-    if item_text.shape[0] != split.n_items:
-        raise UserError(f"item_text has {item_text.shape[0]} rows: expected {split.n_items}, one for each item.")
-    with Stopwatch() as w: kernel = text_gram(item_text)
+    "Fit EASE with the items' text as further rows of evidence; several texts share the weight."
+    first, *more = texts = item_text if isinstance(item_text, list) else [item_text]
+    if wrong := [text.shape[0] for text in texts if text.shape[0] != split.n_items]:
+        raise UserError(f"item_text has {wrong[0]} rows: expected {split.n_items}, one for each item.")
+    with Stopwatch() as w:
+        kernel = text_gram(first, 1 / len(texts))
+        for text in more: add_gram(kernel, text_gram(text), 1 / len(texts))
     found = fit_kernel_ease(split, kernel, cfg, name)
     return replace(found, train_s=found.train_s + w.s)
 
@@ -184,9 +194,8 @@ class LocalEASEConfig(EASEConfig):
 
 
 @dataclass(frozen=True)
-class LocalTextEASEConfig(LocalEASEConfig):
+class LocalTextEASEConfig(LocalEASEConfig, TextEASEConfig):
     "Options of EASE with text on the nearest items."
-    text_weight: float = option(3., "weight of the text, in units of an item's mean interactions", lo=0., hi=1e6)
 
 
 def fit_local_ease(split, cfg: LocalEASEConfig = LocalEASEConfig(),
@@ -194,9 +203,9 @@ def fit_local_ease(split, cfg: LocalEASEConfig = LocalEASEConfig(),
                    name: str = "local_ease") -> Scorer:
     "Fit EASE, with or without text, on each item's nearest items."
     R, weight = split.train.to_csr(), getattr(cfg, "text_weight", 0.)
+    if item_text is None: item_text = np.zeros((R.shape[1], 1), np.float32)
     with Stopwatch() as w:
-        text = np.zeros((R.shape[1], 1), np.float32) if item_text is None else item_text
-        gram = ItemGram(sparse_gram(R), text_likeness(text), R.nnz / R.shape[1])
+        gram = ItemGram(sparse_gram(item_evidence(split.train, cfg)), text_likeness(item_text), R.nnz / R.shape[1])
         near = nearest_items(gram, min(cfg.n_neighbours, gram.n_items - 1), weight) # a small catalogue: all others
         B = solve_local(gram, near, [dict(ridge=cfg.reg, text_weight=weight)])[0]
     return item_scorer(name, split, B, w.s, cfg.to_dict())
@@ -207,18 +216,19 @@ class SLIMConfig(Config):
     "Options of SLIM."
     l1: float = option(.5, "L1 penalty: larger leaves fewer weights", lo=1e-6, hi=1e6)
     l2: float = option(50., "L2 penalty, as EASE's ridge", lo=0., hi=1e6)
+    n_neighbours: int = option(N_NEIGHBOURS, "nearest items that an item chooses among", lo=1)
 
 # %% ../../nbs/33_models.baselines.ipynb #88253d71
 def slim_weights(R: sp.csr_matrix, # [U, I]
                  cfg: SLIMConfig,
                  positive: bool = True, # Only weights of 0 or more
-                 max_iter: int = 100, # Passes over the weights of a column
+                 max_iter: int = 1000, # Passes over the weights of a column
                 ) -> tuple: # B csr float32 [I, I]; how many columns did not converge
     "Fit an elastic net for each item on its nearest items (fsSLIM)."
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import ElasticNet
     X, (n_users, n), data, rows, cols = R.astype(np.float64).tocsc(), R.shape, [], [], []
-    near, total = item_graph(R, .5, 0, .5).tocsc(), cfg.l1 + cfg.l2
+    near, total = item_graph(R, .5, 0, .5, cfg.n_neighbours).tocsc(), cfg.l1 + cfg.l2
     model = ElasticNet(alpha=total / n_users, l1_ratio=cfg.l1 / total, positive=positive, fit_intercept=False,
                        max_iter=max_iter, tol=1e-3)
     with warnings.catch_warnings(record=True) as caught:
@@ -237,6 +247,8 @@ def slim_weights(R: sp.csr_matrix, # [U, I]
 def fit_slim(split, cfg: SLIMConfig = SLIMConfig()) -> Scorer:
     "Fit SLIM: each item from its nearest items by an elastic net."
     with Stopwatch() as w: B, not_converged = slim_weights(split.train.to_csr(), cfg)
+    if not_converged:
+        print(f"slim: {not_converged:,} of {split.n_items:,} columns did not converge; a larger l2 converges sooner.")
     return item_scorer("slim", split, B, w.s, cfg.to_dict(), dict(columns=split.n_items, not_converged=not_converged))
 
 # %% ../../nbs/33_models.baselines.ipynb #ae399148
@@ -315,7 +327,7 @@ class LightGCN(nn.Module):
         self.op = SparseOp.of(build_hypergraphs(train)[0].factor, device)
 
     def layer0(self): return self.user, self.item # What is propagated: [U, d], [I, d]
-
+    def rows(self, users, items): return self.user[users], self.item[items]
     def forward(self): # -> [U, d], [I, d]
         "Return the mean over the layers."
         x, y = total = self.layer0()
@@ -323,8 +335,6 @@ class LightGCN(nn.Module):
             x, y = self.op @ y, self.op.T @ x
             total = total[0] + x, total[1] + y
         return tuple(t / (self.cfg.n_layers + 1) for t in total)
-
-    def rows(self, users, items): return self.user[users], self.item[items]
 
 # %% ../../nbs/33_models.baselines.ipynb #88387ee2
 def pair_loss(model, # forward() -> (user_emb [U, d], item_emb [I, d]); rows(users, items) -> what is regularised
