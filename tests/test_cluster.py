@@ -14,7 +14,7 @@ from sharp_distill.data.interactions import load_interactions, make_sample
 from sharp_distill.data.large import LargeConfig, load_partitioned, partition_interactions
 from sharp_distill.data.synthetic import sample_frame
 from sharp_distill.models import item_filter
-from sharp_distill.serve.batch import evaluate_all, recommend_all
+from sharp_distill.serve.batch import recommend_all
 from sharp_distill.serve.recommender import Recommender
 
 pytestmark = pytest.mark.xdist_group("cluster") # one cluster for all
@@ -221,19 +221,14 @@ def shop():
     return split, encode_reviews(split, "tfidf")
 
 
-def test_a_run_fits_its_ridge_and_is_evaluated_on_its_cluster(two_workers, shop):
-    "Everything that is chosen, the weights and every user's list; a scorer is a closure over matrices."
-    from sharp_distill.data.evaluation import evaluate
+def test_a_run_fits_its_ridge_on_its_cluster(two_workers, shop):
+    "Everything that is chosen, and the weights."
     found = []
     for address in ("", two_workers):
         with on_cluster(address):
-            fit, R = item_filter.fit_item_filter(*shop, grid=dict(ridge=(100., 300.), text_weight=(1.,), n_neighbours=(20, 60))), shop[0].train.to_csr()
-            scorer = lambda users, B=fit.B: item_filter.filter_scores(R[users], B)
-            found.append((fit, evaluate_all(scorer, shop[0]), evaluate_all(scorer, shop[0], "valid", ks=(10,))))
-    (here, *lists), (there, *theirs) = found
-    assert (here.B != there.B).nnz == 0 and here.options == there.options and here.valid == there.valid
-    for a, b in zip(lists, theirs): assert np.array_equal(a.topk, b.topk) and a.metrics.keys() == b.metrics.keys() and a.mean() == b.mean() > 0
-    assert np.array_equal(lists[0].topk, evaluate(scorer, shop[0]).topk)
+            found.append(item_filter.fit_item_filter(*shop, grid=dict(ridge=(100., 300.), text_weight=(1.,), n_neighbours=(20, 60))))
+    here, there = found
+    assert (here.B != there.B).nnz == 0 and here.options == there.options and here.valid == there.valid > 0
 
 
 def test_a_cluster_that_is_gone_is_one_line_within_seconds(shop):
