@@ -57,7 +57,7 @@ def test_killed_in_the_middle_continues(tmp_path):
     job = make_job(QUICK.replace(epochs=60, lr=1e-5), Change("long", student=dict(patience=60), **SMALL))
     process = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path)], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdin.write(json.dumps(job.to_dict())); process.stdin.close()
-    checkpoint, until = job_folder(job, tmp_path) / "student.safetensors", time.time() + 90
+    checkpoint, until = job_folder(job, tmp_path) / "student.0.safetensors", time.time() + 90
     while not checkpoint.exists() and process.poll() is None and time.time() < until: time.sleep(.02)
     assert checkpoint.exists(), process.stderr.read()[-2000:]
     process.send_signal(signal.SIGKILL)
@@ -95,3 +95,34 @@ def test_the_same_grid_on_a_cluster(done, grid, tmp_path):
 def test_a_cluster_that_does_not_answer(grid, tmp_path):
     with pytest.raises(UserError, match="no dask scheduler answers"):
         launch(grid[:1], LaunchConfig(cluster="nonsense", output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("model", ["student", "student_no_kd", "ease"])
+def test_a_point_in_time_is_measured_as_the_run_does(model, tmp_path, monkeypatch):
+    "Chosen on validation, fitted again on train and validation, each window read: the same numbers to the last digit."
+    from sharp_distill.data.interactions import make_sample
+    from sharp_distill.experiments.grid import run_job
+    from sharp_distill.experiments.run import fit_models, prepare
+    monkeypatch.setenv("SHARP_DISTILL_CACHE", str(tmp_path / "cache"))
+    make_sample(n_users=120, n_items=60).to_frame().to_csv(tmp_path / "shop.csv", index=False)
+    cfg = QUICK.replace(dataset=str(tmp_path / "shop.csv"), split="temporal", cuts=2, eval_targets="last", epochs=3, teacher_epochs=2, models=model)
+    job = make_job(cfg, Change("one", job=dict(model=model)))
+    record, fitted = run_job(job, tmp_path), fit_models(prepare(cfg), cfg)
+    assert [w["sha"] for w in record["split"]["windows"]] == [w.split.sha for w in fitted.windows] and job.run_id != make_job(cfg.replace(cuts=1)).run_id
+    names = {"student": ["teacher", "student"], "student_no_kd": ["student_no_kd"], "ease": ["ease"]}[model]
+    for name, stored in zip(names, record["models"]): # a student without a teacher is a student in a record
+        metrics = {m: v["mean"] for m, v in record["models"][stored]["metrics"].items()}
+        assert metrics == pytest.approx({m: fitted.results[name].mean(m) for m in metrics}, rel=1e-9), name
+
+
+def test_the_student_alone_is_fitted_again_with_its_epochs():
+    "Without a teacher validation picks the epoch; a last fit, which has no validation, is told."
+    from sharp_distill.data.interactions import make_sample
+    from sharp_distill.data.split import make_split
+    from sharp_distill.models.registry import Fits, refit
+    from sharp_distill.text.reviews import encode_reviews
+    split = make_split(make_sample(n_users=120, n_items=60), "temporal")
+    fits = Fits(split, encode_reviews(split, "none"), {"student_no_kd": dict(epochs=12, patience=2, emb_dim=8, lr=.05)})
+    first = fits.fit("student_no_kd")
+    again = refit("student_no_kd", fits, first)
+    assert len(again.history.rows) == first.history.best_epoch + 1 < 12

@@ -217,7 +217,7 @@ def test_stored_results_are_records_of_the_default_run():
 
 
 def test_a_half_life_that_is_said_is_taken():
-    from sharp_distill.experiments import run
+    from sharp_distill.experiments import measure, run
     cfg = RunConfig.from_dict(dict(dataset="sample", split="temporal", teacher_row_half_life=30, teacher_epochs=1, teacher_item_filter="none"))
     fits = run.run_fits(run.prepare(cfg), cfg)
-    assert run.fit_on_grid("teacher", fits).chosen["row_half_life"] == 30
+    assert measure.fit_on_grid("teacher", fits).chosen["row_half_life"] == 30

@@ -23,7 +23,8 @@ from ..text.words import count_words, sum_rows, train_reviews
 from ..models.registry import method, methods_for
 from ..serve.recommender import Recommender, build_recommender
 from ..experiments.record import check_record
-from ..experiments.run import Prepared, RunConfig, fit_on_grid, prepare, run_fits
+from ..experiments.measure import fit_on_grid
+from ..experiments.run import Prepared, RunConfig, prepare, run_fits
 
 # %% ../../nbs/65_app.explorer_data.ipynb #05fa76f5
 def find_runs(output_dir="../outputs") -> dict: # "dataset, run" -> (folder or None, record), newest first

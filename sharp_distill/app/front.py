@@ -69,22 +69,14 @@ def _config(encoder: str, seed: int, temporal: bool, options: dict): # -> RunCon
     return RunConfig.from_dict(dict(encoder=encoder, seed=seed, models=models) | options)
 
 # %% ../../nbs/60_app.front.ipynb #35f9c8c3
-def _fit_twice(split, cfg) -> tuple: # `Fits` of train and validation, StudentState, {name: EvalResult}
+def _fit_twice(split, cfg): # -> `Fitted`
     "Choose on validation, fit again on train and validation, and read the test part where there is one."
-    from sharp_distill.data.evaluation import evaluate
-    from sharp_distill.data.protocol import read_window
-    from sharp_distill.experiments.run import Prepared, fit_on_grid, run_fits
-    from sharp_distill.models.registry import methods_for, refit
+    from sharp_distill.experiments.measure import choose, read_test
+    from sharp_distill.experiments.run import Prepared, run_fits
+    from sharp_distill.models.registry import methods_for
     from sharp_distill.text.reviews import encode_reviews
     fits = run_fits(Prepared(None, split, encode_reviews(split, cfg.encoder, cfg.reviews), 0.), cfg)
-    names = methods_for(cfg.model_names, split.n_items)
-    chosen = {n: fit_on_grid(n, fits, cfg.seed) for n in progress(names, "choose")}
-    again = {n: refit(n, fits, chosen[n]) for n in progress(names, "fit")}
-    later = fits.refitted
-    if not len(split.test): found = {n: evaluate(s, split, "valid") for n, s in chosen.items()}
-    elif split.protocol == "temporal": found = read_window(again, split, later.split).results
-    else: found = {n: evaluate(s, later.split, "test") for n, s in again.items()}
-    return later, again["student"].state, found
+    return read_test(fits, choose(methods_for(cfg.model_names, split.n_items), fits, cfg.seed), twice=True)
 
 # %% ../../nbs/60_app.front.ipynb #7f1c113d
 def measured(found: dict) -> list: # {name: EvalResult} -> of dict, ready for JSON
@@ -299,9 +291,10 @@ def fit(data, # A path, several, a table of pandas or Arrow, or the name of a da
         rows = _read(data, columns, catalogue, min_rating, k_core)
         types = id_types(data, columns, rows.user_ids, rows.item_ids)
         parts = hold_out(rows, split, holdout, seed)
-        fits, student, found = _fit_twice(parts, _config(encoder, seed, parts.protocol == "temporal", options))
-        rec = build_recommender(student, fits.split.train, (fits.split.test,), fits.reviews.text_encoder)
-    about = _about(parts, found, step_lines(rows), watch.s) | dict(columns=named_columns(columns))
+        fitted = _fit_twice(parts, _config(encoder, seed, parts.protocol == "temporal", options))
+        last = fitted.last
+        rec = build_recommender(fitted.student, last.split.train, (last.split.test,), last.reviews.text_encoder)
+    about = _about(parts, fitted.results, step_lines(rows), watch.s) | dict(columns=named_columns(columns))
     rec.facts.update(fit=about, id_types=types)
     for line in about_lines(about): print(line)
     new = [] if catalogue is None else catalogue[~catalogue["item_id"].isin(list(rec.item_ids))]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'STUDENTS', 'TARGETS', 'CHILD', 'Job', 'config_from', 'Change', 'make_job', 'pack', 'unpack', 'cached',
-           'teacher_and_targets', 'cka', 'alignment', 'run_job', 'job_folder', 'is_done', 'work', 'work_aloud',
+           'JobFits', 'job_fits', 'cka', 'alignment', 'run_job', 'job_folder', 'is_done', 'work', 'work_aloud',
            'run_job_apart', 'LaunchConfig', 'executor', 'only_one', 'launch']
 
 # %% ../../nbs/53_experiments.grid.ipynb #f5cd00f6
@@ -17,7 +17,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +31,20 @@ from safetensors.torch import save_file
 from ..cluster import PlaceConfig, connect
 from ..core import (
     Config, Stopwatch, UserError, cache_dir, content_sha, option, part, progress, rng, whole_file, write_json)
-from ..data.evaluation import evaluate
+from ..data.evaluation import Scorer
+from ..data.protocol import SplitConfig
 from ..data.sources import find_local
-from ..data.split import make_split
 from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, encode_reviews
 from ..models import distillation, item_filter, published, student, teacher, training
-from ..models.distillation import StudentConfig, TargetConfig, distill, gather_targets
+from ..models.distillation import DistilledConfig, StudentConfig, TargetConfig, distill, gather_targets
 from ..models.item_filter import filter_scores
 from ..models.published import PublishedStudentConfig, PublishedTargetConfig, PublishedTeacherConfig
-from ..models.registry import Fits, NoDistillationConfig, fit_method, method
+from ..models.registry import Fits, NoDistillationConfig, method
 from ..models.student import student_scorer
 from ..models.teacher import TeacherConfig, hgnn_scores, teacher_scorer, train_teacher
 from .latency import time_queries
+from .measure import Fitted, choose, over_windows, read_test
 from .record import check_record, make_record
 from .run import DataConfig, RunConfig, student_config, teacher_config
 
@@ -52,7 +53,6 @@ from .run import DataConfig, RunConfig, student_config, teacher_config
 class Job(Config):
     "One training, down to the last option."
     n_users: int = option(0, "users drawn at random; 0 keeps all", lo=0)
-    split: str = option("random", "protocol of the split")
     seed: int = option(0, "seed of split, weights and batches", lo=0)
     encoder: str = option("tfidf", "review encoder")
     model: str = option("student", "what is trained: a method's name; 'student' trains its teacher too")
@@ -64,13 +64,14 @@ class Job(Config):
     student: dict = field(default_factory=dict) # Of `StudentConfig`, or of its published form
     targets: dict = field(default_factory=dict) # Of `TargetConfig`, or of its published form
     data: DataConfig = part(DataConfig)
+    protocol: SplitConfig = part(SplitConfig)
 
     @property
     def run_id(self) -> str: return self.replace(dataset=self.data.dataset_name).sha()
 
 # %% ../../nbs/53_experiments.grid.ipynb #f584546c
 TEACHERS = TeacherConfig, PublishedTeacherConfig
-STUDENTS = StudentConfig, NoDistillationConfig, PublishedStudentConfig
+STUDENTS = StudentConfig, PublishedStudentConfig
 TARGETS = (TargetConfig, PublishedTargetConfig)
 
 
@@ -105,8 +106,8 @@ def make_job(cfg: RunConfig, change: Change = Change("full"), seed: int | None =
     student = ours.student if change.job.get("model") != "student_no_kd" else NoDistillationConfig(
         seed=run.seed, device=run.device, precision=run.precision, emb_dim=run.student.emb_dim)
     merged = lambda base, changes, *kinds: config_from(base.flat() | changes, *kinds).flat()
-    job = Job(data=run.data, split=run.split, seed=run.seed, encoder=run.encoder, content=_content(run.data.dataset),
-              reviews=merged(run.reviews, change.reviews, ReviewConfig),
+    job = Job(data=run.data, protocol=run.protocol, seed=run.seed, encoder=run.encoder,
+              content=_content(run.data.dataset), reviews=merged(run.reviews, change.reviews, ReviewConfig),
               teacher=merged(teacher_config(run), change.teacher, TeacherConfig, PublishedTeacherConfig),
               student=merged(student, change.student, *STUDENTS),
               targets=merged(ours.targets, change.targets, TargetConfig, PublishedTargetConfig)).replace(**change.job)
@@ -184,18 +185,42 @@ def cached(folder: Path, # Made by `cache_dir`
         return state
 
 # %% ../../nbs/53_experiments.grid.ipynb #32c5a904
-def teacher_and_targets(job: Job, split, reviews) -> tuple: # (TeacherState, DistillationTargets)
-    "Return a job's teacher and its targets, trained or computed once for all jobs that share them."
-    cfg, wanted = config_from(job.teacher, *TEACHERS), config_from(job.targets, *TARGETS)
-    gather = lambda state: gather_targets(state, job.student["emb_dim"], wanted, job.student["seed"])
-    if not job.share_teacher:
-        state = train_teacher(split, reviews, cfg)
-        return state, gather(state)
-    folder = cache_dir("teachers", content_sha(split.sha, job.encoder, job.reviews, job.teacher))
-    state = cached(folder, "teacher",
-                   lambda: train_teacher(split, reviews, cfg, checkpoint=folder / "training.safetensors"))
-    name = "targets-" + content_sha(job.targets, job.student["emb_dim"], job.student["seed"])
-    return state, cached(folder, name, lambda: gather(state))
+@dataclass(frozen=True, eq=False)
+class JobFits(Fits):
+    "Fits whose teachers are trained once for all jobs."
+    share: bool = True # False: trained here
+
+    @property
+    def folder(self) -> Path: # Of the teacher that the options ask for, and of its targets
+        cfg = self.config("teacher")
+        return cache_dir("teachers", content_sha(self.split.sha, self.reviews.encoder, self.review_config.to_dict(),
+                                                 type(cfg).__name__, cfg.to_dict()))
+
+    def fit(self, name: str, seed: int = 0) -> Scorer:
+        "Return a method with its chosen options; a teacher is read from the cache where it is known."
+        if name != "teacher" or not self.share: return super().fit(name, seed)
+        cfg, folder = self.config(name), self.folder
+        make = lambda: train_teacher(self.split, self.reviews, cfg, checkpoint=folder / "training.safetensors")
+        kept = lambda: replace(teacher_scorer(cached(folder, name, make)), config=cfg.flat())
+        return self.keep((name, cfg.sha()), kept)
+
+    def targets(self, teacher, cfg: DistilledConfig): # A TeacherState -> DistillationTargets, computed once for all
+        emb_dim, seed = cfg.student.emb_dim, cfg.student.seed
+        gather = lambda: gather_targets(teacher, emb_dim, cfg.targets, seed)
+        name = "targets-" + content_sha(cfg.targets.to_dict(), emb_dim, seed)
+        return cached(self.folder, name, gather) if self.share else gather()
+
+
+def job_fits(job: Job, split, reviews) -> JobFits: # Of the same split
+    "Return the fits of a job, with its options."
+    student, targets = config_from(job.student, *STUDENTS), config_from(job.targets, *TARGETS)
+    fits = JobFits(split, reviews, {"teacher": config_from(job.teacher, *TEACHERS),
+                                    "student": DistilledConfig(student=student, targets=targets)},
+                   review_config=ReviewConfig.from_dict(job.reviews), share=job.share_teacher)
+    shared = {o: v for o, v in student.flat().items() if o in ("seed", "device", "precision", "emb_dim")}
+    given = job.student if job.model == "student_no_kd" else shared
+    if job.model not in fits.options: fits.options[job.model] = fits.config(job.model, **given)
+    return fits
 
 # %% ../../nbs/53_experiments.grid.ipynb #b8f16fd1
 def cka(x, y) -> float: # [n, a], [n, b]; 0 to 1
@@ -218,36 +243,45 @@ def alignment(teacher_state, student_state, split, reviews, n: int = 400) -> lis
     return [dict(a=a, b=b, cka=cka(views[a], views[b])) for i, a in enumerate(views) for b in list(views)[i + 1:]]
 
 # %% ../../nbs/53_experiments.grid.ipynb #24c17556
-def _fit_job(job: Job, split, reviews, checkpoint) -> tuple: # ({name: Scorer}, facts)
+def _choose_job(job: Job, fits: JobFits, checkpoint) -> tuple: # ({name: Scorer} as validation chose them, facts)
     "Train what the job asks for."
-    cfg = config_from(job.student, *STUDENTS)
-    if job.model == "student_no_kd":
-        state = distill(None, split, reviews, cfg, checkpoint=checkpoint)
-        return {"student": student_scorer(state)}, dict(student=state.valid)
     if job.model != "student":
-        fits = Fits(split, reviews, {"teacher": config_from(job.teacher, *TEACHERS)})
-        options = fits.config(job.model, seed=job.seed, device=cfg.device, emb_dim=cfg.emb_dim)
-        return {job.model: fit_method(job.model, split, reviews, options, fits)}, {}
-    with Stopwatch() as t: teacher_state, targets = teacher_and_targets(job, split, reviews)
-    state = distill(teacher_state, split, reviews, cfg, config_from(job.targets, *TARGETS), targets, checkpoint)
-    facts = dict(teacher=teacher_state.valid, student=state.valid,
-                 alignment=alignment(teacher_state, state, split, reviews), teacher_s=t.s)
-    return {"teacher": teacher_scorer(teacher_state), "student": student_scorer(state)}, facts
+        found = choose([job.model], fits, job.seed)
+        return found, {"student": s.state.valid for n, s in found.items() if n == "student_no_kd"}
+    cfg = fits.config("student")
+    with Stopwatch() as t: targets = fits.targets((teacher := fits.fit("teacher", job.seed)).state, cfg)
+    state = distill(teacher.state, fits.split, fits.reviews, cfg.student, cfg.targets, targets, checkpoint)
+    facts = dict(teacher=teacher.state.valid, student=state.valid, teacher_s=t.s,
+                 alignment=alignment(teacher.state, state, fits.split, fits.reviews))
+    return dict(teacher=teacher, student=replace(student_scorer(state), config=cfg.flat())), facts
+
+
+def _as_student(fitted: Fitted) -> Fitted: # One name for the student, with and without a teacher
+    named = lambda by: {"student" if n == "student_no_kd" else n: x for n, x in by.items()}
+    windows = tuple(replace(w, results=named(w.results)) for w in fitted.windows)
+    return replace(fitted, results=named(fitted.results), windows=windows, scorers=named(fitted.scorers))
 
 # %% ../../nbs/53_experiments.grid.ipynb #b640e75e
 def run_job(job: Job, folder: Path) -> dict: # The record
     "Train and measure one job; an interrupted student goes on from its checkpoint in `folder`."
+    found, told, encode_s = [], [], 0.
     with Stopwatch() as wall:
         data = job.data.load(n_users=job.n_users, seed=job.seed)
-        split = make_split(data, job.split, job.seed)
-        with Stopwatch() as encode: reviews = encode_reviews(split, job.encoder, ReviewConfig.from_dict(job.reviews))
-        scorers, facts = _fit_job(job, split, reviews, folder / "student.safetensors")
-        results = {name: evaluate(s, split, "test") for name, s in scorers.items()}
-        latency = time_queries(scorers, split.train.to_csr(), next(iter(results.values())).user_idx, 10, 50)
+        for cut in range(job.protocol.cuts):
+            split = job.protocol.make(data, job.seed, cut)
+            with Stopwatch() as t: reviews = encode_reviews(split, job.encoder, ReviewConfig.from_dict(job.reviews))
+            fits, encode_s = job_fits(job, split, reviews), encode_s + t.s
+            chosen, facts = _choose_job(job, fits, folder / f"student.{cut}.safetensors")
+            found.append(read_test(fits, chosen)); told.append(facts)
+        fitted, last = _as_student(over_windows(found)), found[-1].last.split
+        latency = time_queries(fitted.scorers, last.train.to_csr(), np.unique(last.test.user_idx), 10, 50)
+    if "student" in facts: # what a sweep chooses by, over all windows
+        facts["student"] = facts["student"] | dict(student=float(np.mean([f["student"]["student"] for f in told])))
     facts |= dict(run_id=job.run_id,
                   config=job.to_dict() | dict(data=job.data.replace(dataset=job.data.dataset_name).to_dict()),
-                  encode_s=encode.s, wall_s=wall.s, encoder_revision=encoder_revision(job.encoder))
-    return make_record("job", job.data.dataset_name, data, split, scorers, results, latency, **facts)
+                  encode_s=encode_s, wall_s=wall.s, encoder_revision=encoder_revision(job.encoder))
+    return make_record("job", job.data.dataset_name, data, split, fitted.scorers, fitted.results, latency,
+                       fitted.windows, **facts)
 
 # %% ../../nbs/53_experiments.grid.ipynb #0dcc18c3
 def job_folder(job: Job, output_dir) -> Path: return Path(output_dir) / "runs" / job.data.dataset_name / job.run_id
@@ -269,7 +303,7 @@ def work(job: Job, output_dir) -> Path: # The record
     with FileLock(folder / ".lock"):
         if is_done(job, output_dir): return folder / "run.json"
         path = write_json(folder / "run.json", run_job(job, folder))
-        (folder / "student.safetensors").unlink(missing_ok=True)
+        for left in folder.glob("student.*.safetensors"): left.unlink()
     return path
 
 # %% ../../nbs/53_experiments.grid.ipynb #e3fe7c1c
@@ -318,10 +352,9 @@ class LaunchConfig(PlaceConfig):
 @contextmanager
 def executor(cfg: LaunchConfig): # Yields something with `submit`
     "Open the local pool, or a cluster's."
-    if not cfg.cluster:
+    if cfg.cluster: yield connect(cfg.cluster).get_executor(pure=False)
+    else:
         with ThreadPoolExecutor(cfg.workers) as pool: yield pool
-        return
-    yield connect(cfg.cluster).get_executor(pure=False)
 
 # %% ../../nbs/53_experiments.grid.ipynb #4d902ac0
 @contextmanager
@@ -343,8 +376,8 @@ def only_one(folder: Path, name: str):
 def _in_rounds(jobs) -> list: # One job of each teacher first, so that workers do not wait for one teacher
     count, order = {}, []
     for job in jobs:
-        key = content_sha(job.data.dataset, job.n_users, job.split, job.seed, job.encoder, job.reviews, job.teacher,
-                          job.model)
+        key = content_sha(job.data.dataset, job.n_users, job.protocol.to_dict(), job.seed, job.encoder, job.reviews,
+                          job.teacher, job.model)
         count[key] = count.get(key, -1) + 1
         order.append(count[key])
     return [jobs[i] for i in np.argsort(order, kind="stable")]
@@ -362,7 +395,6 @@ def launch(jobs, # `Job`s; equal ones are run once
         bar = progress(as_completed(futures), "runs", total=len(futures))
         for future in bar:
             rows.append(future.result())
-            counts = pd.Series([r["status"] for r in rows]).value_counts()
-            bar.set_postfix(counts.to_dict())
+            bar.set_postfix(pd.Series([r["status"] for r in rows]).value_counts().to_dict())
             if rows[-1]["status"] in ("failed", "timeout"): print(f"run {rows[-1]['run_id']}: {rows[-1]['reason']}")
     return pd.DataFrame(rows).set_index("run_id").loc[[j.run_id for j in jobs]].reset_index()

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NOT_OPTIONS', 'SWEEP', 'DataConfig', 'PublishedSwitches', 'RunConfig', 'run_config', 'remember_file',
-           'remembered_file', 'Prepared', 'prepare', 'teacher_config', 'student_config', 'run_fits', 'fit_on_grid',
-           'Fitted', 'fit_models', 'quality_frame', 'windows_frame', 'latency_frame', 'retention_frame',
-           'sensitivity_frame', 'run_id', 'run_record', 'RunFolder']
+           'remembered_file', 'Prepared', 'prepare', 'teacher_config', 'student_config', 'run_fits', 'fit_models',
+           'quality_frame', 'windows_frame', 'latency_frame', 'retention_frame', 'sensitivity_frame', 'run_id',
+           'run_record', 'RunFolder']
 
 # %% ../../nbs/52_experiments.run.ipynb #47a33b46
 import contextlib
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,27 +22,26 @@ from filelock import FileLock, Timeout
 
 from ..cluster import PlaceConfig, on_cluster
 from ..core import (
-    Config, Stopwatch, UserError, cache_dir, cache_root, content_sha, coordinate_search, option, part, progress,
-    read_json, write_json)
+    Config, Stopwatch, UserError, cache_dir, cache_root, content_sha, option, part, progress, read_json, write_json)
 from ..data.columns import ENCODING_HELP
-from ..data.evaluation import Scorer, bootstrap_means, compare, evaluate
+from ..data.evaluation import bootstrap_means, compare
 from ..data.interactions import Interactions, load_interactions
 from ..data.large import LargeConfig, load_partitioned, partition_interactions
-from ..data.protocol import SplitConfig, over_cuts, read_window
+from ..data.protocol import SplitConfig
 from ..data.sources import bare_name
 from ..data.split import Split
 from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, ReviewEmbeddings, encode_reviews
-from ..models.teacher import CUT_IN_TIME, TeacherConfig
+from ..models.teacher import TeacherConfig
 from ..models.teacher_products import BLOCKS_UP_TO
 from ..models.student import StudentState
 from ..models.distillation import DistilledConfig, StudentConfig, TargetConfig, distill
 from ..models.published import with_switches
-from ..models.registry import (
-    Fits, fit_method, method, methods, methods_for, refit, shared_targets)
+from ..models.registry import Fits, method, methods, methods_for, shared_targets
 from ..serve.recommender import build_recommender
 from .latency import time_queries
 from .ledger import note_reading
+from .measure import Fitted, choose, over_windows, read_test
 from .record import make_record
 
 # %% ../../nbs/52_experiments.run.ipynb #ac5a11a0
@@ -142,8 +141,8 @@ def _as_text(v): # A number, a list or a mapping given for an option that is tex
 def run_config(namespace: dict, # `globals()` of a notebook, right after its parameters
                kind=RunConfig): # The config class
     "Build a config from a notebook's parameters; refuse names that are no options."
-    plain, texts = (bool, int, float, str, list, tuple, type(None)), {n for n,
-                                                                      v in kind().flat().items() if isinstance(v, str)}
+    plain, texts = (bool, int, float, str, list, tuple, type(None)), {
+        n for n, v in kind().flat().items() if isinstance(v, str)}
     ours = lambda k: not k.startswith("_") and k not in NOT_OPTIONS
     given = {k: v for k, v in namespace.items() if ours(k)
              and (isinstance(v, plain) or k in texts and isinstance(v, dict))}
@@ -210,75 +209,18 @@ def run_fits(prepared: Prepared, cfg: RunConfig) -> Fits:
         if name not in fits.options: fits.options[name] = fits.config(name, **shared)
     return fits
 
-
-def fit_on_grid(name: str, fits: Fits, seed: int = 0) -> Scorer:
-    "Fit a method with the best values of its small grid on validation; its seconds are those of all fits."
-    m, options, best, in_time = method(name), fits.config(name).flat(), [], fits.split.protocol in CUT_IN_TIME
-    grid = m.grid | {o: v for o, v in m.in_time.items() if in_time and m.config().flat()[o] >= 0} # -1: its fit chooses
-    if not grid: return fits.fit(name, seed)
-    def ndcg(o): # keeps the best scorer
-        scorer = fit_method(name, fits.split, fits.reviews, fits.config(name, seed=seed).replace(**o), fits)
-        found = evaluate(scorer, fits.split, "valid", ks=(10,)).mean("NDCG@10")
-        if not best or found > best[0]: best[:] = found, scorer
-        return found
-    with Stopwatch() as t: coordinate_search({o: options[o] for o in grid}, grid, ndcg)
-    return replace(best[1], train_s=t.s)
-
-# %% ../../nbs/52_experiments.run.ipynb #05067db1
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    "The models of a run and what they did on test."
-    scorers: dict # Name -> Scorer, with its state; of several cuts the last
-    results: dict # Name -> EvalResult on test; of several cuts joined
-    fits: Fits # What they were chosen through
-    chosen: dict # Name -> Scorer as it was chosen on validation
-    windows: tuple = () # A `Window` a cut of a temporal split
-
-    @property
-    def last(self) -> Fits: # Whose split and reviews the scorers know
-        "Return the fits that the scorers are of."
-        return self.fits.refitted if self.windows else self.fits
-
-    @property
-    def student(self) -> StudentState: return self.scorers["student"].state
-    @property
-    def teacher(self): return self.scorers["teacher"].state # TeacherState
-    @property
-    def histories(self) -> dict: # Name -> frame of epochs; the student's may show its fidelity to the teacher
-        "Return how each training with validation went."
-        frames = {n: h.to_frame() for n,
-                  s in self.chosen.items() if (h := s.history or getattr(s.state, "history", None)) is not None}
-        by_fidelity = "student" in frames and self.fits.options["student"].student.select_by == "fidelity"
-        return frames | ({"student": frames["student"].rename(columns={"valid": "fidelity"})} if by_fidelity else {})
-
-# %% ../../nbs/52_experiments.run.ipynb #52aa0002
-def _fit_in_time(prepared: Prepared, cfg: RunConfig, names: list, ks: tuple, note) -> Fitted:
-    windows = []
-    for cut in range(prepared.split.cuts):
-        here = prepared if cut == prepared.split.cut else _prepared(prepared.data, cfg, cut)
-        fits = run_fits(here, cfg)
-        chosen = {n: fit_on_grid(n, fits, cfg.seed) for n in names}
-        again = {n: refit(n, fits, s) for n, s in chosen.items()}
-        note(here.split)
-        windows.append(read_window(again, fits.split, fits.refitted.split, ks))
-    scorers = {n: replace(s, train_s=s.train_s + chosen[n].train_s) for n, s in again.items()} # what both fits took
-    joined = {n: over_cuts([w.results[n] for w in windows]) for n in names}
-    return Fitted(scorers, joined, fits, chosen, tuple(windows))
-
-
+# %% ../../nbs/52_experiments.run.ipynb #52aa0006
 def fit_models(prepared: Prepared, cfg: RunConfig,
                folder=None) -> Fitted: # A `RunFolder`: the reading of test is noted in its ledger
     "Fit every method of a run, then read the test part, or each test window, once for each."
-    names, ks = methods_for(cfg.model_names, prepared.split.n_items), tuple(sorted({5, 10, 20, cfg.k}))
-    def note(split):
-        if folder is not None: folder.note(split, len(names), prepared.data.sha)
+    split, found = prepared.split, []
+    names, ks = methods_for(cfg.model_names, split.n_items), tuple(sorted({5, 10, 20, cfg.k}))
+    note = folder and (lambda split: folder.note(split, len(names), prepared.data.sha))
     with on_cluster(cfg.place.cluster):
-        if prepared.split.protocol == "temporal": return _fit_in_time(prepared, cfg, names, ks, note)
-        fits = run_fits(prepared, cfg)
-        scorers = {n: fit_on_grid(n, fits, cfg.seed) for n in names}
-        note(prepared.split)
-        results = {n: evaluate(s, prepared.split, "test", ks) for n, s in progress(scorers.items(), "test")}
-    return Fitted(scorers, results, fits, scorers)
+        for cut in range(split.cuts):
+            fits = run_fits(prepared if cut == split.cut else _prepared(prepared.data, cfg, cut), cfg)
+            found.append(read_test(fits, choose(names, fits, cfg.seed), None, ks, note))
+    return over_windows(found)
 
 # %% ../../nbs/52_experiments.run.ipynb #e2e9d36e
 def quality_frame(fitted: Fitted, metric: str = "NDCG@10") -> pd.DataFrame: # model, mean, low, high
