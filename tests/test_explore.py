@@ -204,7 +204,7 @@ def test_the_slider_asks_the_student_at_a_moment(finished, own):
     def ask(ex, k):
         panel = user_panel(ex)
         panel.children[0].children[0].value = buyer
-        at, then = panel.children[3].children
+        at, then = panel.children[0].children[2], panel.children[2]
         at.index = k
         return panel.children[1].value, then.value
     moments = d.moments(ex)
@@ -220,7 +220,8 @@ def test_the_slider_asks_the_student_at_a_moment(finished, own):
     same = lambda a, b: [r.split("<td>")[2] for r in bare(a).split("<tr")[2:]] == [r.split("<td>")[2] for r in bare(b).split("<tr")[2:]]
     assert same(ask(poisoned, len(moments) // 2), half) and not same(ask(poisoned, len(moments) - 1), end)
     random = d.open_run(*next(iter(d.choices(finished[0] / "outputs")[0].values())), "popularity")
-    at, then = user_panel(random).children[3].children
+    panel = user_panel(random)
+    at, then = panel.children[0].children[2], panel.children[2]
     assert at.disabled and "split is random" in then.value
 
 

@@ -34,7 +34,7 @@ def moment_slider(ex: Explorer): # A slider whose value is unix seconds; 0 where
     "Offer the moments of a run from the end of training on."
     when = moments(ex)
     names = [(f"{day(t)}{', end of training' * (k == 0)}", t) for k, t in enumerate(when)]
-    return w.SelectionSlider(options=names or [("no moments", 0)], description="at", disabled=not when,
+    return w.SelectionSlider(options=names or [("none", 0)], description="at", disabled=not when,
                              continuous_update=False, layout=w.Layout(width="460px"))
 
 # %% ../../nbs/67_app.explorer.ipynb #98d1a9b1
@@ -64,7 +64,7 @@ def user_panel(ex: Explorer, k: int = 10): # A box
         item.options = [(str(r.title), r.item_idx) for r in tops[tops.model == "student"].itertuples()]
         if item.index is None: item.index = 0
     _listen(filter_users, search); _listen(show, who); _listen(show_moment, who, at); _listen(explain, item)
-    return w.VBox([w.HBox([search, who]), past, lists, w.HBox([at, then]), item, why])
+    return w.VBox([w.HBox([search, who, at]), past, then, lists, item, why])
 
 # %% ../../nbs/67_app.explorer.ipynb #ab944c21
 def _item_boxes(ex: Explorer, part: str, chosen: set, changed, n: int) -> list: # Checkboxes
@@ -105,7 +105,7 @@ def figure_svg(axes) -> str: # Axes of one figure; it is closed
     "Return a figure as SVG text."
     import matplotlib.pyplot as plt
     out, figure = io.StringIO(), np.ravel(axes)[0].figure
-    figure.savefig(out, format="svg", metadata={"Date": None})
+    figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
     return out.getvalue()[out.getvalue().index("<svg"):]
 
@@ -119,7 +119,7 @@ def value_panel(ex: Explorer, runs: dict): # From `find_runs`; a box
     option = w.Dropdown(options=[(k.replace("_", " "), k) for k in HYPERPARAMETERS], description="option",
                         value="emb_dim")
     value = w.Text(placeholder="another value", description="value", layout=w.Layout(width="220px"))
-    go, bar, said = w.Button(description="Train one more value"), w.FloatProgress(max=1.), w.HTML()
+    go, bar, said = w.Button(description="Train one more value", layout=w.Layout(width="auto")), w.FloatProgress(max=1.), w.HTML()
     picture, numbers, (more, wrong) = w.HTML(), w.HTML(), kept_values(ex.folder)
     def say(text): said.value = page(esc(text))
     def tell(share, what): bar.value = share; say(what)
