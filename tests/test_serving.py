@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -97,6 +98,31 @@ def test_answer_does_not_depend_on_batch_or_threads(monkeypatch):
             np.testing.assert_array_equal(got[1], wanted[1])
 
 
+@pytest.mark.parametrize("kind", ["normal", "ties", "copies", "lengths"])
+@pytest.mark.parametrize("n_users, share", [(1, .001), (1, .9), (19, .05), (19, 1.)])
+def test_what_is_hidden_from_all_is_as_if_excluded_for_each(kind, n_users, share):
+    u, i, exclude = draw_case(11, 5000, n_users, 12, kind, .02)
+    hidden = np.flatnonzero(np.random.default_rng(1).random(5000) < share)
+    both = exclude.toarray()
+    both[:, hidden] = True
+    for own, masked in ((exclude, both), (None, np.isin(np.arange(5000), hidden) | np.zeros((n_users, 1), bool))):
+        wanted = full_sort_topk(u, i, 30, sp.csr_matrix(masked))
+        for engine in ENGINES:
+            got = exact_topk(u, i, 30, own, engine, n_threads=2, hidden=hidden)
+            assert all(np.array_equal(a, b) for a, b in zip(got, wanted)), engine
+
+
+def test_an_index_that_was_used_can_be_sent_elsewhere():
+    u, i, _ = draw_case(2, 3000, 3, 8, "normal", None)
+    index = index_items(i, int8="int8" in ENGINES)
+    wanted = exact_topk(u, index, 10)
+    sent = pickle.dumps(index)
+    del index                      # the addresses of its arrays must not be among what was sent
+    there = pickle.loads(sent)
+    assert there.n_bytes == index_items(i, int8="int8" in ENGINES).n_bytes
+    assert all(np.array_equal(a, b) for a, b in zip(exact_topk(u, there, 10), wanted))
+
+
 @needs_compiler
 def test_plain_loop_of_the_compiled_search_is_exact_too(monkeypatch):
     plain = native.load_search(source=native.SOURCE.replace("__AVX512VNNI__", "NO_SUCH_THING"))
@@ -166,7 +192,8 @@ def test_a_damaged_library_is_compiled_again(own_cache):
 
 @needs_compiler
 def test_a_library_that_searches_wrongly_is_not_used(own_cache, monkeypatch):
-    for right, wrong in (("if (s > max) max = s;", ""), ("(s == t && i > j)", "(s == t && i < j)"),
+    for right, wrong in (("has(u->exclude, u->n_exclude, p)", "0"), ("has(u->hidden, u->n_hidden, p)", "0"),
+                         ("(s == t && i > j)", "(s == t && i < j)"),
                          ("sum += (double)u->row[c]", "sum -= (double)u->row[c]"), ("-128 * sum", "-127 * sum")):
         assert right in native.SOURCE
         with pytest.raises(UserError, match="answers are wrong"):

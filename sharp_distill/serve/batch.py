@@ -6,6 +6,7 @@
 __all__ = ['lists_sha', 'part_rows', 'write_part', 'recommend_all']
 
 # %% ../../nbs/44_serve.batch.ipynb #c2a00003
+import json
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ def _part(folder, span) -> Path: return Path(folder) / f"part-{span[0]:012d}.par
 def lists_sha(rec, k: int, all_items: bool, block: int,
               asked: dict | None = None) -> str: # `exclude`, `only`: `Rule`s; `at`. 16 hexadecimal digits
     "Name what lists are made of: the recommender's numbers and names, and how it is asked."
-    arrays = (rec.user_emb, rec.item_emb, rec.exclude.indices, rec.exclude.indptr, rec.user_ids, rec.item_ids)
-    titles = [] if rec.item_titles is None else [str(t) for t in rec.item_titles]
+    arrays = (rec.user_emb, rec.item_emb, rec.exclude.indices, rec.exclude.indptr)
+    texts = [None if t is None else list(map(str, t)) for t in (rec.user_ids, rec.item_ids, rec.item_titles)]
     said = {n: getattr(v, "sha", str(v)) for n, v in (asked or {}).items() if v is not None} | rec.id_types
-    return content_sha("lists-1", *map(np.asarray, arrays), titles, k, all_items, block, *([said] if said else []))
+    return content_sha("lists-2", *map(np.asarray, arrays), json.dumps(texts), k, all_items, block, said)
 
 
 def part_rows(path, sha: str): # Rows of a finished part, or None
@@ -48,7 +49,9 @@ def write_part(span, # (first user, last user + 1)
     if known is not None: return known
     lists = rec.recommend(rec.user_ids[slice(*span)], k, all_items, **(asked or {}))
     table = pa.Table.from_pandas(lists, _schema(rec.id_types), preserve_index=False)
-    with whole_file(path) as tmp: pq.write_table(table.replace_schema_metadata({"lists": sha}), tmp)
+    named = [c for c in table.column_names if c != "score"] # of scores, which hardly repeat, a dictionary is a loss
+    with whole_file(path) as tmp:
+        pq.write_table(table.replace_schema_metadata({"lists": sha}), tmp, use_dictionary=named)
     return len(table)
 
 

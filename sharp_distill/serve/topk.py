@@ -19,7 +19,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..core import UserError, did_you_mean
-from .native import STRIDE, TILE, find_library, lay_out, search_codes
+from .native import STRIDE, TILE, SearchIndex, find_library, lay_out, search_codes
 
 # %% ../../nbs/41_serve.topk.ipynb #7dc3ec8b
 def canonical_scores(user_emb: np.ndarray, # float32 [B, d]
@@ -55,6 +55,7 @@ def check_embedding(x, # [n, d]
     "Return `x` as float32, or name the first row that cannot be ranked."
     x = np.ascontiguousarray(x, dtype=np.float32)
     if x.ndim != 2: raise UserError(f"{name} has shape {x.shape}: expected two dimensions, [rows, d].")
+    if len(x) == 1 and (row := x[0].astype(np.float64)).dot(row) < 1e36: return x # one row: with less ado
     bad = np.flatnonzero(~(row_lengths(x) < 1e18))
     if len(bad):
         raise UserError(f"{name} row {bad[0]} is not a finite vector of ordinary length ({len(bad)} such rows): "
@@ -81,10 +82,10 @@ class ItemIndex:
     step: np.ndarray | None = None # float32 [tiles] what one unit of the codes is worth
     lost: np.ndarray | None = None # float64 [tiles] largest length of (row - step * codes)
 
-    @property
-    def n_items(self) -> int: return len(self.place)
-    @property
-    def n_bytes(self) -> int: return sum(a.nbytes for a in vars(self).values() if a is not None)
+    n_items = property(lambda self: len(self.place))
+    n_bytes = property(lambda self: sum(a.nbytes for a in self.__getstate__().values() if a is not None))
+    in_c = functools.cached_property(lambda self: SearchIndex.of(self, _roundoff(self.emb.shape[1])))
+    def __getstate__(self): return {n: a for n, a in vars(self).items() if n != "in_c"} # a copy has its own addresses
 
 # %% ../../nbs/41_serve.topk.ipynb #4fb10501
 def index_items(item_emb: np.ndarray, # float32 [M, d]
@@ -157,6 +158,14 @@ def _excluded_places(index, exclude, lo, hi): # -> int64 rows, int64 places, sor
     rows = np.repeat(np.arange(hi - lo), np.diff(exclude.indptr[lo:hi + 1]))
     place = index.place[exclude.indices[exclude.indptr[lo]:exclude.indptr[hi]]]
     return rows, place[np.lexsort((place, rows))]
+
+
+def _with_hidden(rows, place, hidden, n): # int64 [m] places, or None; users. -> rows and places, sorted
+    "Add what nobody sees to what single users must not see."
+    if hidden is None: return rows, place
+    rows, place = np.append(rows, np.repeat(np.arange(n), len(hidden))), np.append(place, np.tile(hidden, n))
+    order = np.lexsort((place, rows))
+    return rows[order], place[order]
 
 # %% ../../nbs/41_serve.topk.ipynb #dd0d13af
 def _scan_tiles(index, users, rows, exclude, maxima, tiles, engine): # `exclude` sorted by place
@@ -273,13 +282,11 @@ def _search(index, users, k, exclude, engine): # `exclude`: rows and places, sor
     return _rank(index, users, rows, place, k)
 
 
-def _batch(index, users, k, exclude, engine): # As `_search`
+def _batch(index, users, k, exclude, engine, hidden=None): # As `_search`; int64 [m] places that nobody sees, sorted
     "Return the exact top k of one batch, by the compiled search or by arrays."
-    if engine != "int8": return _search(index, users, k, exclude, engine)
-    rows, place = exclude
-    if not len(rows): return search_codes(index, users, k, _roundoff(users.shape[1]))
-    at = np.searchsorted(rows, np.arange(len(users) + 1))
-    return search_codes(index, users, k, _roundoff(users.shape[1]), at, place)
+    if engine != "int8": return _search(index, users, k, _with_hidden(*exclude, hidden, len(users)), engine)
+    at = np.searchsorted(exclude[0], np.arange(len(users) + 1)) if len(exclude[0]) else None
+    return search_codes(index.in_c, users, k, at, exclude[1], hidden)
 
 # %% ../../nbs/41_serve.topk.ipynb #eaed9439
 @functools.cache
@@ -321,6 +328,7 @@ def exact_topk(user_emb, # float32 [B, d]
                exclude: sp.csr_matrix | None = None, # [B, M] items that must not be offered
                engine: str = "auto", # "numpy", "torch", "int8": the time differs, the answer does not
                n_threads: int | None = None, # None: one per available core
+               hidden: np.ndarray | None = None, # int64 [m] items that nobody may be offered
               ) -> tuple: # int64 [B, k] with -1 where nothing is left, float32 [B, k]
     "Return each user's k best items, equal to a full sort with ties by item number."
     if not isinstance(index, ItemIndex): index = index_items(index, engine == "int8")
@@ -330,10 +338,10 @@ def exact_topk(user_emb, # float32 [B, d]
         raise UserError(f"user_emb has {users.shape[1]} columns, the items {index.emb.shape[1]}: expected the same d.")
     if exclude is not None and exclude.shape != (B, index.n_items):
         raise UserError(f"exclude has shape {exclude.shape}: expected {(B, index.n_items)}, users by items.")
-    if exclude is not None: exclude = sp.csr_matrix(exclude)
-    work = lambda lo, hi: _batch(index, users[lo:hi], k, _excluded_places(index, exclude, lo, hi), engine)
-    if not B: return np.empty((0, k), np.int64), np.empty((0, k), np.float32)
-    if B == 1: return work(0, 1)
+    if exclude is not None and not isinstance(exclude, sp.csr_matrix): exclude = sp.csr_matrix(exclude)
+    if hidden is not None: hidden = np.sort(index.place[hidden])
+    work = lambda lo, hi: _batch(index, users[lo:hi], k, _excluded_places(index, exclude, lo, hi), engine, hidden)
+    if B <= 1: return work(0, 1) if B else (np.empty((0, k), np.int64), np.empty((0, k), np.float32))
     n_threads = n_threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     size = max(1, min(BATCH, -(-B // n_threads)))
     bounds = [(lo, min(lo + size, B)) for lo in range(0, B, size)]
