@@ -172,7 +172,7 @@ def test_what_a_model_is_made_of_is_settled_first(in_time):
     _, _, fits, _, _ = in_time
     fits[0].options["teacher"] = fits[0].config("teacher", sequence="sasrec+text")
     assert made_of("student", fits[0]) == ["sasrec+text", "teacher"] and made_of("simrec", fits[0]) == ["lightgcn"] and made_of("ease", fits[0]) == []
-    random = BoardConfig.from_dict(dict(dataset="sample")).fits()[0]
+    random = BoardConfig.from_dict(dict(dataset="sample", split="random")).fits()[0]
     assert made_of("student", random) == ["teacher"] and made_of("teacher", random) == []
 
 

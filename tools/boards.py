@@ -14,7 +14,7 @@ from sharp_distill.core import UserError, numbers
 from sharp_distill.experiments.board import BoardConfig, model_names, run_board
 from sharp_distill.experiments.rows import board_frame, is_timed, temporal_frame
 
-OPTIONS = (("--split", "random", "protocol of the split"), ("--cuts", 1, "test windows of a temporal split"),
+OPTIONS = (("--split", "temporal", "protocol of the split"), ("--cuts", 3, "test windows of a temporal split"),
            ("--eval-targets", "all", "held-out rows of a user that count under a temporal split"),
            ("--models", "all", "models, separated by commas"), ("--trials", 12, "settings a model, over all windows"),
            ("--tune-s", 60., "seconds of trials a model and window, after which no further one begins"),

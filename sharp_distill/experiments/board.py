@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['board_name', 'board_path', 'read_board', 'read_users', 'put_row', 'users_frame', 'board_tests', 'write_tests',
            'search_frame', 'missing_seeds', 'made_of', 'run_model', 'recall_options', 'run_board', 'refit_row',
-           'user_intervals', 'best_of', 'acceptance_criteria', 'BoardConfig', 'model_names']
+           'user_intervals', 'best_of', 'acceptance_criteria', 'WindowsConfig', 'BoardConfig', 'model_names']
 
 # %% ../../nbs/56_experiments.board.ipynb #a432dd43
 import time
@@ -22,7 +22,7 @@ from ..data.evaluation import EvalResult, bootstrap_means, holm, paired_test
 from ..data.interactions import load_interactions
 from ..data.protocol import SplitConfig, over_cuts
 from ..data.sources import bare_name
-from ..data.split import Split
+from ..data.split import PROTOCOLS, Split
 from ..text.reviews import encode_reviews
 from ..models.registry import Fits, method, methods
 from .ledger import note_reading
@@ -339,6 +339,13 @@ def acceptance_criteria(rows: list, facts: dict = {}, # The tests file
 
 # %% ../../nbs/56_experiments.board.ipynb #bb82fc8a
 @dataclass(frozen=True)
+class WindowsConfig(SplitConfig):
+    "How a leaderboard divides the rows: it is named by its protocol, so there is no `auto`."
+    split: str = option("temporal", "protocol of the split", choices=PROTOCOLS)
+    cuts: int = option(3, "test windows of a temporal split, one after the other", lo=1, hi=50)
+
+
+@dataclass(frozen=True)
 class BoardConfig(Config):
     "Options of `leaderboard.ipynb`."
     dataset: str = option("amazon_musical_instruments", "name, or path of a file")
@@ -350,23 +357,18 @@ class BoardConfig(Config):
     other_splits: int = option(0, "further splits on which the finalists are fitted again; 0 reads what is stored",
                                lo=0)
     encoder: str = option("tfidf", "review vectors of competing models, teacher and student")
-    protocol: SplitConfig = part(SplitConfig)
+    protocol: WindowsConfig = part(WindowsConfig)
     budget: Budget = part(Budget)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.protocol.split == "auto":
-            raise UserError("split is 'auto': a leaderboard is named by its protocol, expected such as random or "
-                            "temporal.")
 
     @property
     def name(self) -> str: return board_name(self.dataset, self.protocol.split)
 
     def fits(self, only_cuts=None) -> list: # A `Fits` a window; one where there are none
         "Split the data as the leaderboard asks, and encode the reviews of each window."
-        data, found = load_interactions(self.dataset), []
-        for cut in range(self.protocol.cuts) if only_cuts is None else only_cuts:
-            split = self.protocol.make(data, 0, cut)
+        data, found, protocol = load_interactions(self.dataset), [], self.protocol
+        if protocol.split != "temporal": protocol = protocol.replace(cuts=1)
+        for cut in range(protocol.cuts) if only_cuts is None else only_cuts:
+            split = protocol.make(data, 0, cut)
             found.append(Fits(split, encode_reviews(split, self.encoder)))
         return found
 
