@@ -18,6 +18,7 @@ PUBLIC = { # module -> names that stand here; they stay when a module moves
     "serve.recommender": "Recommender build_recommender",
     "experiments.run": "RunConfig",
     "app.front": "FittedModel fit load",
+    "app.served": "Served",
     "app.quickstart": "create_hypergraphs_and_incidence_matrices evaluate_model initialize_models load_and_split_data "
                       "main train_lightgcn train_models",
     "app.formulas": "build_item_user_incidence build_user_item_incidence compute_hypergraph_position "

@@ -63,6 +63,11 @@ def test_every_run_notebook_is_a_command_with_all_its_parameters(app):
             assert cli.option_names(p["name"], p["default"])[0].split("/")[0] in text, (name, p["name"])
 
 
+def test_help_is_short_for_all(app):
+    for words in ([], ["run"], ["datasets"]): assert SHELL.invoke(app, [*words, "-h"]).output == SHELL.invoke(app, [*words, "--help"]).output
+    assert "--everything every published" in SHELL.invoke(app, ["-h"]).output # whole lines where there is room
+
+
 def test_the_script_is_declared():
     ini = configparser.ConfigParser(delimiters=["="])
     ini.read(ROOT / "settings.ini", encoding="utf-8")

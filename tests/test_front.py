@@ -1,6 +1,10 @@
 """The front door: ids come back as they came, lists obey rules exactly, what is added is exact and stays, nothing needs torch but fit."""
+import json
+import re
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pandas as pd
@@ -117,6 +121,7 @@ def test_a_short_list_is_said(capsys):
     model = toy_shop(1)
     assert len(model.recommend(["u0", "u1"], k=4, only=["i1", "i2"], exclude_seen=False)) == 4
     assert "2 of 2 lists have fewer than k = 4" in capsys.readouterr().out
+    assert len(model.recommend_new(["i3"], k=4, only=["i1", "i2"])) == 2 and "1 of 1 lists have fewer than k = 4" in capsys.readouterr().out
     model.recommend(["u0", "u1"], k=2, only=["i1", "i2"], exclude_seen=False)
     assert not capsys.readouterr().out
     assert model.recommend("u0", exclude=["i1", "no", "none"], unknown_items="ignore").equals(model.recommend("u0", exclude=["i1"]))
@@ -182,6 +187,57 @@ def test_a_folder_that_is_replaced_while_served(untimed, tmp_path):
     assert sd.load(tmp_path / "a").recommend("u1").equals(other.recommend("u1"))
 
 
+def asked_without_end(served, n=4): # threads, their answers, what went wrong, how to stop
+    answers, wrong, stop = [[] for _ in range(n)], [], threading.Event()
+    def ask(mine):
+        while not stop.is_set():
+            try: mine.append(tuple(served.model.recommend("u0", k=30, exclude_seen=False)["item_id"]))
+            except Exception as e: wrong.append(e)
+    threads = [threading.Thread(target=ask, args=(mine,)) for mine in answers]
+    for t in threads: t.start()
+    def end():
+        stop.set()
+        for t in threads: t.join()
+    return answers, wrong, end
+
+
+def test_a_served_model_is_replaced_under_running_requests(tmp_path):
+    "Every answer is that of one saved model, whole; after each save the new one comes; a thread never goes back."
+    models, said = [toy_shop(seed) for seed in range(5)], []
+    lists = [tuple(m.recommend("u0", k=30, exclude_seen=False)["item_id"]) for m in models]
+    served = sd.Served(models[0].save(tmp_path / "a"), say=said.append)
+    answers, wrong, end = asked_without_end(served)
+    try:
+        for model, wanted in zip(models[1:], lists[1:]):
+            model.save(tmp_path / "a")
+            late = time.monotonic() + 20
+            while not all(mine and mine[-1] == wanted for mine in answers) and not wrong and time.monotonic() < late: pass
+    finally: end()
+    assert not wrong and len(set(lists)) == 5 and len(said) == 4
+    for mine in answers:
+        order = [lists.index(a) for a in mine]
+        assert order == sorted(order) and set(order) >= {1, 2, 3, 4}
+
+
+def test_what_may_not_be_served_is_said_once_and_the_old_model_goes_on(untimed, tmp_path):
+    folder, said = tmp_path / "a", []
+    served = sd.Served(untimed.save(folder), say=said.append)
+    before, file = served.model, folder / "student.safetensors"
+    toy_shop(0).save(folder)
+    assert served.model is before is served.model and len(said) == 1 and "another catalogue: 0 of its 30 items" in said[0]
+    assert sd.Served(folder).model.recommend("u1").equals(toy_shop(0).recommend("u1")) # asked for by a new start
+    file.write_bytes(file.read_bytes()[:-100])
+    assert served.model is before and len(said) == 2 and "cut off" in said[1]
+    file.unlink()
+    assert served.model is before is served.model and len(said) == 3 and "not a saved Recommender" in said[2]
+    assert not any("\n" in line for line in said) and all(str(folder) in line for line in said)
+    untimed.save(folder)
+    assert served.model is not before and served.model.recommend([1, 2]).equals(before.recommend([1, 2]))
+    served.any_catalogue = True
+    toy_shop(0).save(folder)
+    assert served.model.recommend("u1").equals(toy_shop(0).recommend("u1")) and len(said) == 5
+
+
 def test_lists_for_everyone_are_those_of_recommend(untimed, tmp_path):
     manifest = untimed.recommend_all(tmp_path / "lists", k=7, exclude=[5003, 5004], only={1: [5003, 5005], 2: [5006]})
     lists = pd.read_parquet(tmp_path / "lists" / manifest["parts"][0]["file"])
@@ -190,6 +246,11 @@ def test_lists_for_everyone_are_those_of_recommend(untimed, tmp_path):
 
 
 @pytest.mark.parametrize("call, says", [
+    (lambda m, r: m.recommend(7, k="10"), "k is '10'"), (lambda m, r: m.recommend_new([5001], k=0), "nearest good choice is 1"), (lambda m, r: m.similar_items(5001, k=0), "nearest good choice is 1"),
+    (lambda m, r: m.recommend_new(reviews=5), "expected a text"), (lambda m, r: m.recommend(7, exclude={7: [1, 5001]}), r"unknown item '1' \(1 of 2\)"),
+    (lambda m, r: m.recommend(np.nan), "nan is not an id"), (lambda m, r: m.recommend(None, exclude=[pd.NA]), "not an id"), (lambda m, r: m.recommend(2.5), "unknown user '2.5'"),
+    (lambda m, r: m.recommend(pd.Series([], dtype=object)), "empty"), (lambda m, r: m.recommend(7, exclude=pd.DataFrame()), "without item_id"), (lambda m, r: m.recommend(7, only=pd.DataFrame(dict(item_id=[]))), "only names no item"),
+    (lambda m, r: m.add_interactions(pd.DataFrame()), "no row"), (lambda m, r: m.add_items(pd.DataFrame()), "no row"), (lambda m, r: m.save(None), "expected the path"), (lambda m, r: sd.load(5), "expected the path"), (lambda m, r: sd.Served("nowhere"), "not a saved"),
     (lambda m, r: m.recommend(7, k=0), "nearest good choice is 1"), (lambda m, r: m.recommend([]), "empty"),
     (lambda m, r: m.recommend([np.nan]), "nan is not an id"), (lambda m, r: m.recommend([[7]]), "not an id"),
     (lambda m, r: m.recommend("seven"), "unknown user 'seven'"), (lambda m, r: m.recommend("seven", unknown="popular"), "expected whole numbers"),
@@ -205,14 +266,20 @@ def test_lists_for_everyone_are_those_of_recommend(untimed, tmp_path):
     (lambda m, r: sd.fit(r.assign(user_id=[[1]] * len(r))), "a list"), (lambda m, r: sd.fit(r[r["item_id"] < 5010]), "expected more than 20"),
     (lambda m, r: sd.fit(r, items=r[["review"]]), "no column for item_id")])
 def test_bad_input_is_one_line(untimed, rows, call, says):
-    import re
     assert re.search(says, refused(call, untimed, rows))
 
 
-def test_only_fit_needs_torch(untimed, tmp_path):
+def test_serving_needs_no_more_than_the_page_says(untimed, tmp_path):
+    "Every requirement that csv_to_lists does not name is blocked, torch first of all; then all that a loaded model does."
+    import configparser
     untimed.save(tmp_path / "a")
+    (ini := configparser.ConfigParser(delimiters=["="])).read(ROOT / "settings.ini", encoding="utf-8")
+    needs = set(re.search(r'needs = \\"([\w ]+)\\"', (ROOT / "nbs/csv_to_lists.ipynb").read_text(encoding="utf-8"))[1].split())
+    every = {re.match(r"[\w-]+", r)[0] for r in ini["DEFAULT"]["requirements"].split()}
+    blocked = {"sklearn" if n == "scikit-learn" else n for n in every - needs}
+    assert needs < every and {"torch", "transformers", "sklearn", "typer"} <= blocked
     code = """import sys
-for name in ("torch", "transformers", "sklearn"): sys.modules[name] = None # as if they were not installed
+for name in sys.argv[2:]: sys.modules[name] = None # as if they were not installed
 import pandas as pd, sharp_distill as sd
 m = sd.load(sys.argv[1])
 m.recommend(k=3, exclude=[5001]), m.recommend([1, 2], only={1: [5004]}), m.similar_items(5001), m.explain(1, 5002), m.evaluate()
@@ -221,8 +288,30 @@ m = m.add_users(pd.DataFrame(dict(user_id=[700], item_id=[5001], review=["a fine
 m = m.add_items(pd.DataFrame(dict(item_id=[9100], text=[m.recommender.text_encoder.parts[0].words[0]])))
 m.recommend_all(sys.argv[1] + "_lists", k=4)
 assert 9100 in set(sd.load(m.save(sys.argv[1])).recommend(700, k=70)["item_id"])"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a")], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "a"), *sorted(blocked)], check=True, cwd=tmp_path)
 
 
 @pytest.mark.slow # four trainings on a toy
 def test_the_page_about_your_own_runs(): execute(ROOT / "nbs" / "bring_your_own.ipynb")
+
+
+@pytest.mark.xdist_group("pages")
+def test_from_a_csv_to_served_lists(tmp_path):
+    "The page on a CSV of its own; what is stored stays, and says what the page promises."
+    stored = ROOT / "outputs/speed/csv_to_lists.json"
+    before = stored.read_bytes()
+    execute(ROOT / "nbs/csv_to_lists.ipynb")
+    kept = json.loads(before)
+    assert stored.read_bytes() == before and kept["file"] == "Gift_Cards_5.json.gz" and kept["machine"] and kept["versions"]
+    assert len(kept["seconds"]) == 9 and not {"torch", "transformers", "scikit-learn"} & set(kept["bare"]["packages"])
+
+
+@pytest.mark.xdist_group("pages")
+def test_behind_a_web_service(tmp_path):
+    "A real service on the loopback address; measured small, into another folder, with the columns that are stored."
+    pytest.importorskip("fastapi")
+    cells = execute(ROOT / "nbs/web_service.ipynb", dict(measure=True, n_users=60, n_items=80, emb_dim=8, n_requests=10, output_dir=str(tmp_path)))
+    made, kept = (json.loads((at / "speed/web_service.json").read_text()) for at in (tmp_path, ROOT / "outputs"))
+    assert made.keys() == kept.keys() and [list(r) for r in made["records"]] == [list(r) for r in kept["records"]]
+    assert all(r["failed"] == 0 for r in made["records"] + kept["records"]) and kept["size"]["items"] == 65_000
+    assert any("image/png" in o.get("data", {}) for c in cells for o in c.get("outputs", []))

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-GROUPS = {"Start": r"index|run$|explore|bring", "Basics": r"0", "Data": r"1", "Text": r"2", "Models": r"3",
-          # heading -> names of its notebooks; the first match wins
+GROUPS = {"Start": r"index|run$|explore|bring|csv_to|web_service", "Basics": r"0", "Data": r"1", "Text": r"2",
+          "Models": r"3", # heading -> names of its notebooks; the first match wins
           "Serving": r"4", "Experiments": r"5", "Application": r"6", "Results": r""}
 CONF = """
 project, html_title, copyright = "SHARP-Distill", "SHARP-Distill", "the SHARP-Distill workbook authors, MIT licence"

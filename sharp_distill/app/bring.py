@@ -98,13 +98,13 @@ def read_catalogue(items, # A path, or a table in memory
         if not isinstance(items, (str, Path)):
             raise UserError(f"items is a {type(items).__name__}: expected a path or a table with item_id and texts.")
         frame = _catalogue_file(items)
+    if not len(frame): raise UserError("the catalogue has no row: expected items.")
     found = list(frame.columns)
     said = {c: f for c, f in named_columns(columns).items() if c in ("item_id", "item_title") and f in found}
     names = pick_columns(found, said, need=())
     if "item_id" not in names:
         raise UserError(f"the catalogue has no column for item_id among {listed(found)}: expected one, or "
                         f"columns='item_id=...'.{did_you_mean('item_id', found)}")
-    if not len(frame): raise UserError("the catalogue has no row: expected items.")
     title = names.get("item_title") or next((f for f in found if plain_name(f) in ("title", "name")), None)
     worded = [f for f in found if f != names["item_id"] and not pd.api.types.is_numeric_dtype(frame[f])]
     texts = [" ".join(filter(None, map(cell_text, row))).strip() for row in zip(*(frame[f] for f in worded))]

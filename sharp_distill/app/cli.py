@@ -159,7 +159,8 @@ def copy_notebooks(folder: Annotated[str, typer.Argument(help="made; what stands
 def build_app() -> typer.Typer:
     "Build the command line from the notebooks that are here."
     app = typer.Typer(help="Hypergraphs and reviews distilled into a one-layer recommender.", no_args_is_help=True,
-                      add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+                      add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+                      context_settings=dict(help_option_names=["-h", "--help"], max_content_width=110))
     app.command("datasets")(list_datasets)
     app.command("lab")(copy_notebooks)
     for name, path in run_notebooks().items(): app.command(name)(make_command(name, path))

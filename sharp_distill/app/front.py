@@ -158,6 +158,12 @@ def _everyone(model, users, k: int, exclude, only, unknown_items: str, **asked) 
     return _plain(pd.concat(tables, ignore_index=True), rec.item_titles is not None), len(names)
 
 # %% ../../nbs/60_app.front.ipynb #fd8dd6de
+def _say_short(table: pd.DataFrame, n_lists: int, k: int, only):
+    "Say how many lists `only` made shorter than k."
+    short = 0 if only is None else n_lists - int((table["rank"] == k).sum())
+    if short: print(f"{short:,} of {n_lists:,} lists have fewer than k = {k} items: `only` allows no more.")
+
+
 @dataclass(frozen=True, eq=False)
 class _Lists:
     "Lists of known users, exactly, under rules."
@@ -175,9 +181,7 @@ class _Lists:
         "Return the k best items of each user, exactly."
         table, n = _everyone(self, users, k, exclude, only, unknown_items, all_items=not exclude_seen, at=at,
                              unknown=unknown)
-        short = n - int((table["rank"] == k).sum())
-        if only is not None and short:
-            print(f"{short:,} of {n:,} lists have fewer than k = {k} items: `only` allows no more.")
+        _say_short(table, n, k, only)
         return table
 
 # %% ../../nbs/60_app.front.ipynb #5d17c1c2
@@ -188,8 +192,10 @@ class _Answers(_Lists):
     def recommend_new(self, items=(), reviews=None, # Ids of a guest's items; a text, or several
                       k: int = 10, exclude=None, only=None, unknown_items: str = "error") -> pd.DataFrame:
         "Return the list of somebody whom the model does not know: rank, item_id, score."
-        return self._own(self.recommender.recommend_new(items, reviews=reviews, k=k, exclude=exclude, only=only,
-                                                        unknown_items=unknown_items))
+        table = self.recommender.recommend_new(items, reviews=reviews, k=k, exclude=exclude, only=only,
+                                               unknown_items=unknown_items)
+        _say_short(table, 1, k, only)
+        return self._own(table)
 
     def similar_items(self, item, k: int = 10) -> pd.DataFrame: # rank, item_id, score (cosine)
         "Return the items nearest to an item."

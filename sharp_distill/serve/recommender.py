@@ -119,6 +119,7 @@ def _vector_of(text_encoder, reviews, review_emb): # -> float32 [d_t] or None
         if text_encoder is None:
             raise UserError("this Recommender cannot read reviews: expected one made by build_recommender(..., "
                             "text_encoder=reviews.text_encoder), or pass their vector as review_emb.")
+        if not np.iterable(reviews): raise UserError(f"reviews is {reviews!r}: expected a text, or several.")
         return text_encoder(reviews)
     if review_emb is not None and not np.isfinite(review_emb).all():
         raise UserError("review_emb holds numbers that are not finite: expected what the student's own encoder makes.")

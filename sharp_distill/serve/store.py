@@ -101,9 +101,15 @@ def _sha_of(arrays: dict) -> str: # 64 hexadecimal digits
     return digest.hexdigest()
 
 # %% ../../nbs/42_serve.store.ipynb #f0061e61
+def _path(folder) -> Path: # A text or a Path, ~ allowed
+    "Return a folder's path."
+    if isinstance(folder, (str, os.PathLike)): return Path(folder).expanduser()
+    raise UserError(f"folder is {folder!r}: expected the path of a saved student.")
+
+
 def _claim(folder) -> Path: # Absolute, links followed
     "Return where to write, or refuse a folder that holds anything but a saved student."
-    folder = Path(folder).expanduser().resolve()
+    folder = _path(folder).resolve()
     with _in_one_line(folder):
         names = {p.name for p in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
         if {n for n in names if n != ".lock" and not n.startswith(f".{FILE}.")} and not {FILE, FORMER[0]} & names:
@@ -329,7 +335,7 @@ class StoredStudent:
     @classmethod
     def load(cls, folder, checksum: bool = True): # checksum: read every byte once and compare
         "Load a saved student, its arrays memory-mapped and read-only; torch is not needed."
-        folder = Path(folder).expanduser()
+        folder = _path(folder)
         with _in_one_line(folder): return cls(**_fields(_read(folder, checksum)))
     def export_torch(self, path, k: int = 10) -> Path: # For torch.export.load(path).module()
         "Write the ranking as a torch.export program with a free batch size."
