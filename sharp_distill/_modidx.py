@@ -2450,6 +2450,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'sharp_distill/plots/boards.py'),
                                             'sharp_distill.plots.boards.plot_board': ( 'plots.boards.html#plot_board',
                                                                                        'sharp_distill/plots/boards.py'),
+                                            'sharp_distill.plots.boards.plot_clients': ( 'plots.boards.html#plot_clients',
+                                                                                         'sharp_distill/plots/boards.py'),
                                             'sharp_distill.plots.boards.plot_groups': ( 'plots.boards.html#plot_groups',
                                                                                         'sharp_distill/plots/boards.py'),
                                             'sharp_distill.plots.boards.plot_new_items': ( 'plots.boards.html#plot_new_items',
