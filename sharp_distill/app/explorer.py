@@ -119,7 +119,8 @@ def value_panel(ex: Explorer, runs: dict): # From `find_runs`; a box
     option = w.Dropdown(options=[(k.replace("_", " "), k) for k in HYPERPARAMETERS], description="option",
                         value="emb_dim")
     value = w.Text(placeholder="another value", description="value", layout=w.Layout(width="220px"))
-    go, bar, said = w.Button(description="Train one more value", layout=w.Layout(width="auto")), w.FloatProgress(max=1.), w.HTML()
+    go = w.Button(description="Train one more value", layout=w.Layout(width="auto"))
+    bar, said = w.FloatProgress(max=1.), w.HTML()
     picture, numbers, (more, wrong) = w.HTML(), w.HTML(), kept_values(ex.folder)
     def say(text): said.value = page(esc(text))
     def tell(share, what): bar.value = share; say(what)

@@ -30,7 +30,7 @@ def _differ(a, b) -> list: # `RunConfig`s -> names of the options that decide a 
     a, b = a.flat(), b.flat()
     return [k for k in a if k not in BESIDE and a[k] != b[k]]
 
-
+# %% ../../nbs/65_app.explorer_values.ipynb #65f00022
 def curve(ex: Explorer, runs: dict, # From `find_runs`
           option: str, more=()) -> pd.DataFrame: # param, value, mean, teacher, origin, chosen; `more`: of `train_value`
     "Collect what is known of one hyperparameter around the open run, by rising value."
