@@ -27,7 +27,7 @@ STYLE = f"""<style>
 .sd table th, .sd table td {{text-align: left !important; vertical-align: top; padding: 3px 9px; border: 0;
   border-bottom: 1px solid #8884; background: transparent; white-space: normal}}
 .sd .hit {{background: {PALETTE["green"]}33; border-left: 4px solid {PALETTE["green"]}}}
-.sd .dots {{color: {PALETTE["blue"]}; letter-spacing: 1px; white-space: nowrap}}
+.sd .dots {{color: {PALETTE["blue"]}; letter-spacing: 1px}} .sd .dots, .sd .day {{white-space: nowrap}}
 .sd .new {{background: {PALETTE["orange"]}33}} .sd .quiet {{opacity: .7; font-size: 12px}}
 </style>"""
 
@@ -49,7 +49,8 @@ def history_html(past: pd.DataFrame, # From `history`
                  at: int | None = None) -> str: # The moment it was asked at, if any
     "Show a user's past as a table, with dates where there are some."
     dated = ["date"] * bool((past.date != "").any())
-    rows = [[*[esc(r.date)] * len(dated), esc(r.title), f"{r.rating:g}", esc(r.review)] for r in past.itertuples()]
+    day_of = lambda r: [f'<td class="day">{esc(r.date)}</td>'] * len(dated)
+    rows = [[*day_of(r), esc(r.title), f"{r.rating:g}", esc(r.review)] for r in past.itertuples()]
     head = f"{len(past)} items in train" if at is None else f"{len(past)} items before {day(at)}"
     kinds = ["new" if later else "" for later in past.later]
     note = '<p class="quiet">marked: after the end of training</p>' * bool(past.later.any())
