@@ -211,7 +211,7 @@ def test_the_slider_asks_the_student_at_a_moment(finished, own):
     start, half, end = (ask(ex, k) for k in (0, len(moments) // 2, len(moments) - 1))
     assert len({start, half, end}) == 3 and d.day(moments[-1]) in end[1]
     dates = [d.day(t) for t in test.timestamp[test.user_idx == d.user_number(ex, buyer)]]
-    assert all(f"<td>{t}</td>" in end[0] for t in dates) and end[0].count('<tr class="new">') == len(dates)
+    assert all(f'<td class="day">{t}</td>' in end[0] for t in dates) and end[0].count('<tr class="new">') == len(dates)
     late = test.timestamp >= moments[len(moments) // 2]
     assert 0 < late.sum() < len(test)
     other = replace(test, item_idx=np.where(late, (test.item_idx + 7) % test.n_items, test.item_idx))

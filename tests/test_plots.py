@@ -36,6 +36,7 @@ REGIMES = pd.concat([SPEED.assign(regime=r, p50_ms=SPEED["latency_ms"]) for r in
 GROUPS = pd.DataFrame({"tail": [.1, .2, .3, .1], ODD: [.2, .3, .4, .2]}, index=MODELS)
 TAIL = pd.DataFrame(dict(side=["users"] * 2 + ["items"] * 2, place=[1., 100.] * 2, rows=[9, 1, 5, 2]))
 LENGTHS, RATINGS = pd.DataFrame(dict(words=[0, 1, 2], rows=[3, 2, 1])), pd.Series({1.: 2, 5.: 9})
+WAITS = pd.DataFrame(dict(request=[ODD] * 2, clients=[1, 8], p50_ms=[1., 9.], p95_ms=[2., 20.]))
 MONTHS = pd.Series([3, 4], index=pd.period_range("2020-01", periods=2, freq="M"))
 
 
@@ -59,6 +60,7 @@ WITHOUT_STUDENT = {
     "plot_alignment": case(1, PAIRS), "plot_ratios": case(1, RATIOS), "plot_tail": case(1, TAIL),
     "plot_lengths": case(1, LENGTHS), "plot_ratings": case(1, RATINGS), "plot_times": case(1, MONTHS),
     "plot_card": case(4, TAIL, LENGTHS, RATINGS, MONTHS),
+    "plot_clients": case(1, WAITS, title=ODD),
 }
 FIGURES = {name: f for module in (boards, data, results) for name, f in inspect.getmembers(module, inspect.isfunction)
            if name.startswith("plot_")}

@@ -107,8 +107,9 @@ def plot_tradeoff(df: pd.DataFrame, # model, mean, latency_ms; where known low, 
     groups = dict(list(df.groupby("dataset", sort=False))) if "dataset" in df else {"": df}
     legend, title = len(groups) > 1 or len(df) > 5, "What does speed cost in quality? Up and left is better"
     axes = new_axes(axes, len(groups), size=(3.6, 3.2), beside=2. * legend)
+    points = {}
     for ax, (name, part) in zip(axes, groups.items()):
-        points = _tradeoff(ax, part)
+        points |= _tradeoff(ax, part)
         ax.set(xlabel=xlabel, ylabel=metric if ax is axes[0] else "", title=name or title)
     label_lines(axes[-1], points, most=0 if legend else 5)
     if len(groups) > 1: axes[0].figure.suptitle(title, fontsize=10)
