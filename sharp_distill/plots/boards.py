@@ -151,9 +151,9 @@ def plot_clients(df: pd.DataFrame, # request, clients, p50_ms, p95_ms
     colors = dict(zip(kinds, (PALETTE[c] for c in ("grey", "blue", "green", "orange", "purple", "brown"))))
     ax = new_axis(ax, (6.8, 3.2))
     rows = df.melt(["request", "clients"], ["p50_ms", "p95_ms"], value_name="value")
-    sns.pointplot(rows, x="clients", y="value", hue="request", palette=colors, dodge=.5 * (len(kinds) > 1), estimator="min",
-                  errorbar=("pi", 100), linestyle="none", markersize=5, err_kws=dict(linewidth=1.2), legend=False,
-                  ax=ax)
+    sns.pointplot(rows, x="clients", y="value", hue="request", palette=colors, dodge=.5 * (len(kinds) > 1),
+                  estimator="min", errorbar=("pi", 100), linestyle="none", markersize=5,
+                  err_kws=dict(linewidth=1.2), legend=False, ax=ax)
     log_scale(ax, "y")
     ax.set(xlabel="clients at once", ylabel="milliseconds (log),\nmedian to 95th percentile", title=title)
     label_lines(ax, {n: (0, 0, dict(color=c, marker="o", ls="none")) for n, c in colors.items()}, most=0)
