@@ -43,7 +43,8 @@ class StudentConfig(TrainConfig):
     epochs: int = option(60, "most passes over the users", lo=0)
     patience: int = option(60, "validations without a better one before stopping; a falling lr needs its way", lo=1)
     reg: float = option(0., "L2 weight on the rows of a batch", lo=0.)
-    most_steps: int = option(800, "most optimiser steps: fewer epochs where they would be more; 0: no limit", lo=0)
+    most_steps: int = option(800, "most optimiser steps, an eighth of them beyond half a million train rows: fewer "
+                             "epochs where they would be more; 0: no limit, but 160 there", lo=0)
     emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
     use_text: bool = option(True, "give the student the review vectors")
     half_life: float = option(-1., "days in which a row of a history comes to count half; 0: never; -1: as the teacher",
@@ -68,7 +69,8 @@ class NoDistillationConfig(StudentConfig):
     lr_schedule: str = option("constant", "cosine: falls to 0 along half a wave", choices=("constant", "cosine"))
     least_batch: ClassVar[int] = 1024
     batch_size: int = option(0, "train interactions a step; 0: by size, from 1,024", lo=0)
-    most_steps: int = option(0, "most optimiser steps: fewer epochs where they would be more; 0: no limit", lo=0)
+    most_steps: int = option(0, "most optimiser steps: fewer epochs where they would be more; 0: no limit, but 160 "
+                             "beyond half a million train rows", lo=0)
     epochs: int = option(40, "most passes over the train interactions", lo=0)
     patience: int = option(15, "validations without a better one before stopping", lo=1)
     reg: float = option(1e-3, "L2 weight on the rows of a batch", lo=0.)
