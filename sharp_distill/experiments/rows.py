@@ -15,9 +15,10 @@ import pandas as pd
 
 from ..core import Config, UserError
 from ..data.evaluation import EvalResult, Scorer, evaluate, popularity_bias, strata, t_interval
-from ..data.protocol import Window, cold_half_life, read_window, refit_split, with_popularity_fallback
+from ..data.protocol import Window, cold_half_life, refit_split, with_popularity_fallback
 from ..data.split import Split
-from ..models.registry import Fits, fit_method, method, refit
+from ..models.registry import Fits, fit_method, method
+from .measure import read_test
 
 # %% ../../nbs/55_experiments.rows.ipynb #d8d24ba9
 def strata_rows(result: EvalResult, split: Split) -> dict: # "user", "item" -> group -> numbers
@@ -62,10 +63,10 @@ def window_facts(split: Split) -> dict: # Ready for JSON
 # %% ../../nbs/55_experiments.rows.ipynb #db271450
 def _window_row(name, fits, cfg): # (row, EvalResult)
     first = fit_method(name, fits.split, fits.reviews, cfg, fits)
-    again, joined = refit(name, fits, first), fits.refitted.split
-    window = read_window({name: again}, fits.split, joined)
+    fitted = read_test(fits, {name: first})
+    (window,), joined = fitted.windows, fitted.last.split
     result, warm = window.results[name], window.warm[name]
-    tested = replace(again, config=first.config, train_s=first.train_s + again.train_s)
+    tested = replace(fitted.scorers[name], config=first.config)
     row = measured_row(tested, result, joined, cfg.flat().get("seed", 0))
     chosen = {"chosen": first.chosen} if first.chosen else {}
     return row | dict(cut=fits.split.cut, metrics_warm=_metrics(warm, joined)) | chosen, result
