@@ -371,6 +371,10 @@ def test_without_decay_each_timed_baseline_is_the_one_it_extends(by_time):
     assert close(t.fit_timed_ease(by_time, None, plain), b.fit_ease(by_time, b.EASEConfig(50.)))
     whole = t.SLISTConfig(**OFF, reg=50., text_weight=2., edge_power=0., query_half_life=0., alpha=1.)
     assert close(t.fit_slist(by_time, words, whole), ease)
+    sessions = b.fit_ease(by_time, b.EASEConfig(50., session_weight=3.))
+    assert close(t.fit_timed_ease(by_time, None, plain.replace(session_weight=3.)), sessions)
+    assert close(t.fit_slist(by_time, None, whole.replace(session_weight=3.)), sessions)
+    assert not close(t.fit_timed_ease(by_time, None, plain), sessions)
     for changed in (dict(half_life=30.), dict(trend_weight=.5, trend_half_life=30.), dict(edge_power=.5)):
         assert not close(t.fit_timed_ease(by_time, words, plain.replace(**changed)), ease), changed
     assert not close(t.fit_slist(by_time, words, whole.replace(alpha=.9)), ease)
@@ -402,7 +406,7 @@ def test_transition_grams_are_those_of_all_pasts_and_futures(by_time):
             s[items[:c]], y[items[c:]] = rho ** steps[:c][::-1], rho ** steps[:n - c]
             w = (size[u] / size.mean()) ** -p
             past += w * np.outer(s, s); after += w * np.outer(s, y)
-    found = t.transition_grams(data, h, p)
+    found = [A.toarray() for A in t.transition_grams(data, h, p)]
     assert np.allclose(found[0], past, atol=5e-3 * past.max()) and np.allclose(found[1], after, atol=5e-3 * after.max())
     assert past.max() > 1 and abs(after - after.T).max() > 1 # a matrix that knows a direction
 

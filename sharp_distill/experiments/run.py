@@ -38,6 +38,7 @@ from ..models.student import StudentState
 from ..models.distillation import DistilledConfig, StudentConfig, TargetConfig, distill
 from ..models.published import with_switches
 from ..models.registry import Fits, method, methods, methods_for, shared_targets
+from ..models.training import MANY_ROWS
 from ..serve.recommender import build_recommender
 from .latency import time_queries
 from .ledger import note_reading
@@ -262,7 +263,8 @@ def sensitivity_frame(fitted: Fitted, cfg: RunConfig, sweep: dict = SWEEP,
                       epochs: int = 0) -> pd.DataFrame: # param, value, mean, chosen; epochs 0: 12, or 1 at large sizes
     "Vary one option of the student at a time; validation NDCG@10 after a short training."
     split = fitted.fits.split
-    epochs = epochs or (12 if split.n_users * split.n_items <= BLOCKS_UP_TO else 1)
+    large = split.n_users * split.n_items > BLOCKS_UP_TO or len(split.train) > MANY_ROWS
+    epochs = epochs or (1 if large else 12)
     base, rows, known = student_config(cfg).replace(epochs=min(epochs, cfg.student.epochs)), [], {}
     at = base.flat()
     for param, value in progress([(p, v) for p, values in sweep.items() for v in sorted({*values, at[p]})],

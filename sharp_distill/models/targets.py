@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_TOP', 'ANNEAL_SHARE', 'SCALES', 'TargetConfig', 'soft_label_loss', 'SoftLabels', 'gather_soft_labels', 'annealed',
            'temperature_at', 'svd_targets', 'softmax_scale', 'DistillationTargets', 'gather_options', 'student_trend',
-           'approximate', 'gather_targets']
+           'LowRank', 'approximate', 'gather_targets']
 
 # %% ../../nbs/36_models.targets.ipynb #36e00003
 from dataclasses import dataclass
@@ -145,16 +145,27 @@ def student_trend(teacher: TeacherState) -> np.ndarray | None: # float32 [I], No
     return standardise(teacher.trend[None])[0] if teacher.weights.get("trend") else None
 
 
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    "Low-rank factors of a teacher's scores."
+    users: np.ndarray # float32 [U, d]
+    items: np.ndarray # float32 [I, d]
+    gather_s: float # Seconds it took
+
+
 def approximate(teacher: TeacherState, standard, # user_idx int64 [B] -> standardised scores [B, I]
-                emb_dim: int, cfg: TargetConfig, seed: int) -> tuple: # (users [U, d], items [I, d]) float32
+                emb_dim: int, exponent: float, seed: int) -> LowRank:
     "Return low-rank factors of a teacher's scores, the last column for its trend where it has one."
     trend, (n_users, n_items) = student_trend(teacher), teacher.train.shape
-    if trend is None: return svd_targets(score_operator(teacher, cfg.score_exponent), emb_dim, seed=seed)
-    some = np.flatnonzero(np.diff(teacher.train.indptr))
-    some = some[np.linspace(0, len(some) - 1, min(500, len(some))).astype(np.int64)]
-    share = np.float32((sharpened(standard(some), cfg.score_exponent) @ trend).mean() / n_items)
-    Y, V = svd_targets(score_operator(teacher, cfg.score_exponent, share * trend), emb_dim - 1, seed=seed)
-    return np.column_stack([Y, np.full(n_users, share)]), np.column_stack([V, trend])
+    with Stopwatch() as t:
+        if trend is None: Y, V = svd_targets(score_operator(teacher, exponent), emb_dim, seed=seed)
+        else:
+            some = np.flatnonzero(np.diff(teacher.train.indptr))
+            some = some[np.linspace(0, len(some) - 1, min(500, len(some))).astype(np.int64)]
+            share = np.float32((sharpened(standard(some), exponent) @ trend).mean() / n_items)
+            Y, V = svd_targets(score_operator(teacher, exponent, share * trend), emb_dim - 1, seed=seed)
+            Y, V = np.column_stack([Y, np.full(n_users, share)]), np.column_stack([V, trend])
+    return LowRank(Y, V, t.s)
 
 # %% ../../nbs/36_models.targets.ipynb #0cd3d60a
 def gather_targets(teacher: TeacherState,
@@ -162,12 +173,14 @@ def gather_targets(teacher: TeacherState,
                    cfg: TargetConfig = TargetConfig(),
                    seed: int = 0, # Of the randomised SVD
                    soft: SoftLabels | None = None, # Of this teacher, to share them; None: gathered here
+                   factors: LowRank | None = None, # The same
                   ) -> DistillationTargets:
     "Compute what the student learns from, in a few passes over the teacher's scores."
     standard = lambda u: standardise(teacher_scores(teacher, u))
     soft = soft or gather_soft_labels(standard, teacher.train)
+    factors = factors or approximate(teacher, standard, emb_dim, cfg.score_exponent, seed)
     with Stopwatch() as t:
-        Y, V = approximate(teacher, standard, emb_dim, cfg, seed)
-        scale = softmax_scale(Y, V, standard, cfg.temperature) ** .5
-    return DistillationTargets(Y * scale, V * scale, soft, gather_options(emb_dim, cfg, seed), teacher.split_sha,
-                               soft.gather_s + t.s)
+        scale = softmax_scale(factors.users, factors.items, standard, cfg.temperature) ** .5
+        users, items = factors.users * scale, factors.items * scale
+    return DistillationTargets(users, items, soft, gather_options(emb_dim, cfg, seed), teacher.split_sha,
+                               soft.gather_s + factors.gather_s + t.s)
