@@ -34,12 +34,11 @@ from .competitors import (
     fit_lighthgnn, fit_simrec, fit_text_lightgcn)
 from .sequential import SASRecConfig, fit_sasrec
 from .teacher import (
-    CUT_IN_TIME, ROW_HALF_LIVES, PartsConfig, TeacherConfig, fit_filter, teacher_scorer, teacher_scores, train_teacher)
+    CUT_IN_TIME, ROW_HALF_LIVES, PartsConfig, TeacherConfig, fit_filter, teacher_scorer, train_teacher)
 from .student import student_scorer
-from .fusion import standardise
 from .distillation import (
     DistilledConfig, IdOnlyConfig, NoDistillationConfig, distill, gather_targets)
-from .targets import gather_soft_labels
+from .targets import gather_soft_labels, standard_scores
 
 # %% ../../nbs/39_models.registry.ipynb #8e8329a2
 @dataclass(frozen=True)
@@ -376,8 +375,8 @@ def shared_targets(fits: Fits, cfg: DistilledConfig) -> tuple: # (TeacherState, 
     teacher = fits.fit("teacher", seed).state
     of = fits.config("teacher", seed=seed).sha()
     def gather():
-        standard = lambda u: standardise(teacher_scores(teacher, u))
-        soft = fits.keep(("soft labels", of), lambda: gather_soft_labels(standard, teacher.train))
+        labels = lambda: gather_soft_labels(standard_scores(teacher), teacher.train)
+        soft = fits.keep(("soft labels", of), labels)
         return gather_targets(teacher, emb_dim, gathered, seed, soft)
     return teacher, fits.keep(("targets", of, gathered.sha(), emb_dim, seed), gather)
 
