@@ -94,13 +94,15 @@ def test_a_gpus_way_reaches_what_arrays_reach(small, monkeypatch, large):
     import sharp_distill.models.teacher_products as products
     from sharp_distill.models.baselines import LightGCNConfig, fit_lightgcn, fit_rp3beta
     from sharp_distill.text import likeness
-    split, reviews = small
     if large:
+        split = make_split(make_sample(seed=2, n_users=150, n_items=260), seed=0)
+        small = split, encode_reviews(split, "tfidf")
         for module in (ridge, likeness): monkeypatch.setattr(module, "WHOLE", 32)
         monkeypatch.setattr(likeness.text_likeness, "__defaults__", ("cpu", 32, 16))
         monkeypatch.setattr(ridge.nearest_items, "__defaults__", (3., 32))
         monkeypatch.setattr(ridge, "SOME_ITEMS", 40), monkeypatch.setattr(products, "BLOCKS_UP_TO", 0)
         monkeypatch.setattr(device, "MOST_DENSE", 0)
+    split = small[0]
     def everything():
         teacher = train_teacher(*small, TeacherConfig(emb_dim=8, **SHORT))
         targets = gather_targets(teacher, 8)

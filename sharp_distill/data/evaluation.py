@@ -8,6 +8,7 @@ __all__ = ['SCORES', 'DEVICE_SCORES', 'rank_topk', 'hit_matrix', 'metrics_at', '
            'over_splits', 'coverage', 'popularity_bias', 'restrict', 'popularity_groups', 'strata']
 
 # %% ../../nbs/16_data.evaluation.ipynb #d784eadf
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from ..core import UserError, content_sha, did_you_mean, rng
-from ..device import holds, memory_for
+from ..device import holds, memory_for, ours
 
 # %% ../../nbs/16_data.evaluation.ipynb #fe2435a8
 def _candidates(scores, # Tensor [B, I]
@@ -47,8 +48,7 @@ def rank_topk(scores, # float[B, I], numpy or torch, ranked where it lies; -inf 
              ) -> np.ndarray: # int64[B, k], best first; -1 where a row has fewer than k finite scores
     "Rank the best `k` items of each row, ties by item number."
     import torch
-    s = torch.as_tensor(scores).detach()
-    if not holds(s.device): s = s.cpu()
+    s = ours(torch.as_tensor(scores).detach())
     if not 1 <= k <= s.shape[1]:
         raise UserError(f"k is {k}: expected 1 to {s.shape[1]}, the number of items in the catalogue.")
     values, idx = _candidates(s, min(k + 1, s.shape[1]))
@@ -145,7 +145,7 @@ def masked_scores(score, # user_idx int64[B] -> float32[B, I]
     return s
 
 # %% ../../nbs/16_data.evaluation.ipynb #4207c65e
-SCORES, DEVICE_SCORES = 2**24, 2**27 # made at a time: 64 MiB, and 512 MiB on a GPU
+SCORES, DEVICE_SCORES = 2**24, 2**26 # made at a time: 64 MiB, and 256 MiB on a GPU
 
 
 def recommend_topk(score, # user_idx int64[B] -> float32[B, I]
@@ -160,9 +160,8 @@ def recommend_topk(score, # user_idx int64[B] -> float32[B, I]
     while at < len(user_idx):
         users = user_idx[at:at + step]
         with memory_for(f"the scores of {len(users):,} users", "batch_size"):
-            s = masked_scores(ask, users, exclude)
+            s, at = masked_scores(ask, users, exclude), at + len(users)
             out.append(rank_topk(s, k))
-        at += len(users)
         if holds(s.device): step = max(step, min(DEVICE_SCORES // n_items, 64 * batch_size))
         del s # before the next block is made
     return np.concatenate(out)
@@ -227,14 +226,18 @@ def evaluate(score, # A `Scorer`, or any callable user_idx int64[B] -> float32[B
     return EvalResult(users, topk, metrics, part, split.sha, getattr(score, "name", ""))
 
 # %% ../../nbs/16_data.evaluation.ipynb #0f734343
+@functools.lru_cache(1) # every model of a run asks for the same
+def _resamples(n: int, n_boot: int, seed: int) -> np.ndarray: # uint8 [n_boot, n], how often each row is drawn
+    random = rng(seed, "bootstrap")
+    return np.stack([np.bincount(random.integers(0, n, n), minlength=n).astype(np.uint8) for _ in range(n_boot)])
+
+
 def bootstrap_means(values, # float[n, m], one row a user
                     n_boot: int = 1000, # Resamples of the users
                     seed: int = 0, # Draws them
                    ) -> np.ndarray: # float64[n_boot, m]
     "Return the column means of `n_boot` resamples of the rows."
-    n, random = len(values), rng(seed, "bootstrap")
-    counts = np.stack([np.bincount(random.integers(0, n, n), minlength=n) for _ in range(n_boot)]).astype(np.float32)
-    return counts.astype(np.float64) @ np.asarray(values, np.float64) / n
+    return _resamples(len(values), n_boot, seed).astype(np.float64) @ np.asarray(values, np.float64) / len(values)
 
 # %% ../../nbs/16_data.evaluation.ipynb #7a8b9c12
 def t_interval(values, # Numbers, one a seed or split

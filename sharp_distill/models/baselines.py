@@ -24,7 +24,7 @@ from torch import nn
 
 from ..core import Config, Stopwatch, UserError, option, pick_device, progress, torch_rng
 from ..data.evaluation import Scorer, rank_topk
-from ..device import back, filter_scorer, filter_scores, gpu_dots, gpu_rows, held, table_device, take_scores
+from ..device import back, filter_scorer, gpu_dots, gpu_row, gpu_rows, held, table_device, take_scores
 from .hypergraphs import SparseOp, build_hypergraphs, safe_power
 from sharp_distill.models.item_filter import (
     N_NEIGHBOURS, ItemGram, add_gram, item_gram, nearest_items, solve_local, solve_ridge, sparse_gram, text_gram,
@@ -48,7 +48,7 @@ def fit_popularity(split, cfg: PopularityConfig = PopularityConfig()) -> Scorer:
     "Score every item by its number of train interactions, the same for everybody."
     with Stopwatch() as w: count = np.asarray(split.train.to_csr().sum(0), np.float32).ravel()
     score = lambda u: np.broadcast_to(count, (len(u), len(count)))
-    return Scorer("popularity", score, len(count), count.nbytes, w.s, config=cfg.to_dict())
+    return Scorer("popularity", score, len(count), count.nbytes, w.s, config=cfg.to_dict(), on_device=gpu_row(count))
 
 # %% ../../nbs/33_models.baselines.ipynb #2d915e13
 def item_graph(R: sp.csr_matrix, # [U, I] train interactions; or rows of `item_evidence`
@@ -81,7 +81,7 @@ def item_scorer(name: str, split,
     "Wrap an item-to-item model: a user's scores are the sum of the rows of their train items."
     R = split.train.to_csr()
     n_params = B.nnz if sp.issparse(B) else B.size - len(B)
-    return Scorer(name, lambda u: filter_scores(R[u], B), n_params, stored_bytes(R, B), train_s, config=config,
+    return Scorer(name, filter_scorer(R, B), n_params, stored_bytes(R, B), train_s, config=config,
                   history=history, on_device=gpu_rows(R, B)) # a closed form has no option for its device
 
 # %% ../../nbs/33_models.baselines.ipynb #e6e258a4

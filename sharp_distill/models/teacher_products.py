@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCKS_UP_TO', 'user_blocks', 'sharpened', 'ScoreBlocks', 'low_rank_parts', 'squared_scores', 'ridge_rows',
-           'ScoreFactors', 'score_operator']
+           'ScoreFactors', 'score_factors', 'score_operator']
 
 # %% ../../nbs/35_models.teacher_products.ipynb #e99ad502
 from dataclasses import dataclass, replace
@@ -65,7 +65,7 @@ def low_rank_parts(state: TeacherState) -> tuple: # X float64 [U, D], Y float64 
         X.append(x * (state.weights[name] / np.maximum(spread, 1e-9))[:, None]); Y.append(y)
     return np.hstack(X), np.hstack(Y)
 
-# %% ../../nbs/35_models.teacher_products.ipynb #a73ab3d7
+# %% ../../nbs/35_models.teacher_products.ipynb #76bdc5d3
 def squared_scores(R: sp.csr_matrix, B: sp.csr_matrix, device) -> np.ndarray: # [U, I], [I, I] -> float [U]
     "Sum the squares of each user's scores R B."
     if holds(device):
@@ -91,23 +91,6 @@ class ScoreFactors:
     b: np.ndarray # float32 [U], of the ridge
     c: np.ndarray # float32 [U], taken from every item
     device: object = "cpu" # Where products are made
-
-    @classmethod
-    def of(cls, state: TeacherState, device="cpu"):
-        "Compute each user's means and deviations without the scores."
-        (X, Y), R, weight = low_rank_parts(state), state.histories, state.weights.get("ridge", 0.)
-        n, B = len(Y), state.item_filter if weight else None
-        single = lambda *arrays: (a.astype(np.float32) for a in arrays)
-        square = ((X @ (Y.T @ Y / n)) * X).sum(1)
-        if B is None:
-            X /= np.maximum(np.sqrt(square), 1e-9)[:, None]
-            return cls(*single(X, Y), R, None, *2 * [np.zeros(len(X), np.float32)], device)
-        first = np.asarray(R @ B.sum(1)).ravel() / n
-        spread = np.sqrt(np.maximum(squared_scores(R, B, device) / n - first**2, 0))
-        b = weight / np.maximum(spread, 1e-9)
-        both = (X * ridge_rows(R, B, Y, device)).sum(1) / n               # how the two go together
-        total = np.maximum(np.sqrt(np.maximum(square + (b * spread)**2 + 2 * b * both, 0)), 1e-9)
-        return cls(*single(X / total[:, None], Y), R, B, *single(b / total, b * first / total), device)
 
     def without(self, row: np.ndarray): # float32 [I] -> ScoreFactors
         "Take one row from every user's."
@@ -135,6 +118,23 @@ class ScoreFactors:
         out = items @ (users.T @ Y) - c @ Y
         return back(out if B is None else out + B[1] @ (R[1] @ (b[:, None] * Y)))
 
+# %% ../../nbs/35_models.teacher_products.ipynb #32eeef33
+def score_factors(state: TeacherState, device="cpu") -> ScoreFactors:
+    "Compute each user's means and deviations without the scores."
+    (X, Y), R, weight = low_rank_parts(state), state.histories, state.weights.get("ridge", 0.)
+    n, B = len(Y), state.item_filter if weight else None
+    single = lambda *arrays: (a.astype(np.float32) for a in arrays)
+    square = ((X @ (Y.T @ Y / n)) * X).sum(1)
+    if B is None:
+        X /= np.maximum(np.sqrt(square), 1e-9)[:, None]
+        return ScoreFactors(*single(X, Y), R, None, *2 * [np.zeros(len(X), np.float32)], device)
+    first = np.asarray(R @ B.sum(1)).ravel() / n
+    spread = np.sqrt(np.maximum(squared_scores(R, B, device) / n - first**2, 0))
+    b = weight / np.maximum(spread, 1e-9)
+    both = (X * ridge_rows(R, B, Y, device)).sum(1) / n               # how the two go together
+    total = np.maximum(np.sqrt(np.maximum(square + (b * spread)**2 + 2 * b * both, 0)), 1e-9)
+    return ScoreFactors(*single(X / total[:, None], Y), R, B, *single(b / total, b * first / total), device)
+
 # %% ../../nbs/35_models.teacher_products.ipynb #18813683
 BLOCKS_UP_TO = 2**31 # users times items whose scores are made anew for each product; beyond: factors, not sharpened
 
@@ -144,7 +144,7 @@ def score_operator(teacher: TeacherState, exponent: float,
     "Return a teacher's scores for the SVD: sharpened blocks, or factors where there are too many scores."
     (n_users, n_items), device = teacher.train.shape, table_device(teacher.config.device)
     if not teacher.head and (exponent == 1 or n_users * n_items > BLOCKS_UP_TO):
-        factors = keep(teacher, ("factors", str(device)), lambda: ScoreFactors.of(teacher, device))
+        factors = keep(teacher, ("factors", str(device)), lambda: score_factors(teacher, device))
         return factors if less is None else factors.without(less)
     score = lambda u: teacher_scores(teacher, u, device)
     return ScoreBlocks(score, (n_users, n_items), exponent, 0. if less is None else less)
