@@ -86,6 +86,48 @@ def test_shared_targets_and_a_shared_ridge_change_nothing(small, teacher):
     assert again.train_s > 1000 + again.history.train_s                # and the choice of the weight
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_a_gpus_way_reaches_what_arrays_reach(small, monkeypatch, large):
+    "Tables that stay on a device: this processor plays the GPU, so that only the order of sums differs."
+    import sharp_distill.device as device
+    import sharp_distill.models.item_filter as ridge
+    import sharp_distill.models.teacher_products as products
+    from sharp_distill.models.baselines import LightGCNConfig, fit_lightgcn, fit_rp3beta
+    from sharp_distill.text import likeness
+    if large:
+        split = make_split(make_sample(seed=2, n_users=150, n_items=260), seed=0)
+        small = split, encode_reviews(split, "tfidf")
+        for module in (ridge, likeness): monkeypatch.setattr(module, "WHOLE", 32)
+        monkeypatch.setattr(likeness.text_likeness, "__defaults__", ("cpu", 32, 16))
+        monkeypatch.setattr(ridge.nearest_items, "__defaults__", (3., 32))
+        monkeypatch.setattr(ridge, "SOME_ITEMS", 40), monkeypatch.setattr(products, "BLOCKS_UP_TO", 0)
+        monkeypatch.setattr(device, "MOST_DENSE", 0)
+    split = small[0]
+    def everything():
+        teacher = train_teacher(*small, TeacherConfig(emb_dim=8, **SHORT))
+        targets = gather_targets(teacher, 8)
+        student = distill(teacher, *small, SMALL, targets=targets)
+        alone = distill(None, *small, NoDistillationConfig(emb_dim=8, epochs=2, batch_size=64, n_negatives=20))
+        lightgcn = fit_lightgcn(split, LightGCNConfig(emb_dim=8, epochs=2, batch_size=256, n_negatives=20))
+        scorers = teacher_scorer(teacher), student_scorer(student), student_scorer(alone), lightgcn, fit_rp3beta(split)
+        values = [student.valid["start"], student.valid["fidelity"], teacher.valid["filter"],
+                  np.abs(targets.users @ targets.items.T).mean(), *(evaluate(s, split).mean() for s in scorers)]
+        return values, teacher.valid["filter_options"], scorers
+    values, options, scorers = everything()
+    assert not any(s.on_device for s in scorers)
+    monkeypatch.setattr(device, "HELD", ("cuda", "cpu"))
+    held, chosen, scorers = everything()
+    assert all(s.on_device for s in scorers) and chosen == options
+    assert np.allclose(held, values, atol=.01), (held, values)
+
+
+def test_a_device_without_memory_says_what_to_lower(small, monkeypatch):
+    def loss(*a): raise torch.OutOfMemoryError("Tried to allocate 9.00 GiB")
+    monkeypatch.setattr(teacher_module, "teacher_loss", loss)
+    with pytest.raises(UserError, match="batches of 256 rows: lower batch_size, such as to 64, or choose device='cpu'"):
+        train_teacher(*small, TeacherConfig(emb_dim=8, **SHORT))
+
+
 def test_a_large_catalogue_takes_factors_and_drawn_negatives(small, teacher, monkeypatch):
     import sharp_distill.models.teacher_products as products
     import sharp_distill.models.training as training

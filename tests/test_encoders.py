@@ -122,6 +122,35 @@ def test_an_encoder_decoder_is_refused(tmp_path, tiny):
     with pytest.raises(UserError, match="encoder-decoder"): load_encoder(str(folder))
 
 
+def test_processes_give_the_same_pieces_and_words(shipped, monkeypatch):
+    from sharp_distill.text import cores as pool, words
+    texts = [" ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 70)) + f" n{i % 9}x" for i in range(90)]
+    cfg, parts = ReviewConfig(max_tokens=16, max_chunks=2), [texts[:50], texts[50:]]
+    count = lambda: words.count_words(words.ReviewTexts(texts, np.zeros(90, int), np.zeros(90, int), 1, 1))
+    cut = lambda: list(encoders.tokenise_parts(shipped[0], parts, cfg))
+    asked, here = (cut(), count()), pool.in_processes
+    monkeypatch.setattr(pool, "FEW_CORES", 1), monkeypatch.setattr(pool, "FEW_TEXTS", 1)
+    seen = []
+    for module in (encoders, pool): monkeypatch.setattr(module, "in_processes", lambda *a: seen.append(a[0]) or here(*a))
+    found = cut(), count()
+    assert seen == [pool.tokenise_part, pool.count_part]
+    for a, b in zip(asked[0], found[0]): assert all(map(np.array_equal, a, b))
+    (a, words_a), (b, words_b) = asked[1], found[1]
+    assert words_a.tolist() == words_b.tolist()
+    assert all(np.array_equal(getattr(a, n), getattr(b, n)) for n in ("data", "indices", "indptr"))
+
+
+def test_a_device_without_memory_says_what_to_lower(shipped):
+    tokenizer, model = shipped
+    def full(*a, **k): raise __import__("torch").OutOfMemoryError("Tried to allocate 9.00 GiB")
+    class Full(type(model)): forward = full
+    was, model.__class__ = model.__class__, Full
+    try:
+        with pytest.raises(UserError, match="no memory for batches of 4,096 tokens: expected a smaller batch_tokens, such as 1024"):
+            encode_texts(["red ink"], tokenizer, model, ReviewConfig(batch_tokens=4096))
+    finally: model.__class__ = was
+
+
 def test_the_gpu_check_runs_on_a_cpu():
     import runpy
 

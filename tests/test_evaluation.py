@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharp_distill import device
 from sharp_distill.core import UserError
 from sharp_distill.data.evaluation import (
     EvalResult, Scorer, bootstrap_means, compare, coverage, evaluate, holm, paired_test, popularity_bias,
@@ -58,6 +59,34 @@ def test_topk_of_rows_with_few_items_by_blocks(levels):
         scores = np.random.default_rng(n_items).integers(0, levels, (30, n_items)).astype(np.float32)
         scores[0], scores[1, :-1], scores[2, 5:] = -np.inf, -np.inf, -np.inf
         for k in (1, 10, 20): assert np.array_equal(rank_topk(scores, k), naive_topk(scores, k))
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))])
+def test_a_device_ranks_as_arrays_are_ranked(kind, monkeypatch):
+    "Scores that stay on a device, this processor's memory among them, give the same lists to the last tie."
+    gen = np.random.default_rng(0)
+    known = sp.random(90, 6001, .01, "csr", np.float32, rng=gen)
+    for levels in (2, 30, 10**6):
+        table = gen.integers(0, levels, (90, 6001)).astype(np.float32)
+        table[gen.random(table.shape) < .2], table[0], table[1, 4:] = -np.inf, -np.inf, -np.inf
+        users = gen.permutation(90)[:70]
+        lists = recommend_topk(lambda u: table[u], users, known, 20)
+        there = torch.from_numpy(table).to(kind)
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "HELD", ("cuda", "cpu"))
+            scorer = Scorer("both", lambda u: pytest.fail("arrays were asked"), on_device=lambda u: there[u])
+            for score in (lambda u: there[u], scorer):
+                assert np.array_equal(recommend_topk(score, users, known, 20, batch_size=9), lists)
+            assert np.array_equal(rank_topk(there, 7), naive_topk(table, 7))
+        assert np.array_equal(there.cpu().numpy(), table), "a scorer's own table is not masked"
+
+
+def test_a_device_without_memory_says_what_to_lower():
+    def score(u): raise torch.OutOfMemoryError("Tried to allocate 9.00 GiB")
+    with pytest.raises(UserError, match="no memory left for the scores of 3 users: lower batch_size") as e:
+        recommend_topk(score, np.arange(3), sp.csr_matrix((3, 9)), 2)
+    assert "\n" not in str(e.value)
 
 
 def test_topk_leaves_its_input_alone_and_takes_torch():

@@ -2,7 +2,6 @@
 import argparse
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,7 +12,9 @@ import torch  # noqa: E402
 from sharp_distill.core import Stopwatch, machine, peak_mib, write_json  # noqa: E402
 from sharp_distill.data.synthetic import sample_frame  # noqa: E402
 from sharp_distill.text import encoders  # noqa: E402
-from sharp_distill.text.encoders import ReviewConfig, clean_text, encode_texts, load_encoder, tokenise  # noqa: E402
+from sharp_distill.text.encoders import (  # noqa: E402
+    ReviewConfig, clean_text, encode_texts, load_encoder, tokenise, tokenise_parts)
+from sharp_distill.text.cores import cores, several  # noqa: E402
 
 BASE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
             relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
@@ -36,10 +37,18 @@ def base_encoder(tokenizer, cfg): # A DeBERTa of base size with drawn weights; s
     return model.eval().to(device, getattr(torch, cfg.precision) if device.type == "cuda" else None)
 
 
+def gpu_mib() -> int: # MiB; 0 without a GPU
+    "Return the most memory of the GPU that tensors took since this was last asked."
+    if not torch.cuda.is_available(): return 0
+    most = torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return round(most)
+
+
 def row(what: str, n: int, s: float, cfg: ReviewConfig, **more) -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and cfg.device != "cpu" else "cpu"
     found = dict(what=what, reviews=n, seconds=round(s, 3), reviews_per_s=round(n / s), precision=cfg.precision,
-                 peak_mib=round(peak_mib()), device=device, **more)
+                 peak_mib=round(peak_mib()), gpu_mib=gpu_mib(), device=device, **more)
     print(found, flush=True)
     return found
 
@@ -54,13 +63,13 @@ def timed(fn, again: int = 2) -> float: # Seconds of the fastest call, after one
 
 
 def tokenising(tokenizer, texts, cfg) -> list:
-    "Tokenising alone: one call with the library's threads, and copies of the tokenizer in threads of their own."
-    rows = [row("tokenising", len(texts), timed(lambda: tokenise(tokenizer, texts, cfg)), cfg, threads=os.cpu_count())]
-    for n in {2, min(4, os.cpu_count())}:
-        copies = [load_encoder("shipped", cfg)[0] for _ in range(n)]
-        with ThreadPoolExecutor(n) as pool:
-            cut = lambda: list(pool.map(lambda c: tokenise(copies[c], texts[c::n], cfg), range(n)))
-            rows.append(row(f"tokenising, {n} copies", len(texts), timed(cut), cfg, threads=os.cpu_count()))
+    "Tokenising alone: one call with the library's threads, and processes where they are worth their start."
+    rows = [row("tokenising", len(texts), timed(lambda: tokenise(tokenizer, texts, cfg), 1), cfg,
+                threads=os.cpu_count())]
+    if several(len(texts)):
+        parts = [texts[at:at + 2048] for at in range(0, len(texts), 2048)]
+        s = timed(lambda: list(tokenise_parts(tokenizer, parts, cfg)))
+        rows.append(row("tokenising, processes", len(texts), s, cfg, threads=cores()))
     return rows
 
 
@@ -95,13 +104,16 @@ def training(dataset: str, device: str) -> list:
     from sharp_distill.text.reviews import encode_reviews
     rows, cfg, done = [], TeacherConfig(device=device), {}
     def step(what, fn, **more):
-        with Stopwatch() as t: done[what] = fn()
+        with Stopwatch() as t:
+            done[what] = fn()
+            if torch.cuda.is_available(): torch.cuda.synchronize()
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else "cpu"
-        rows.append(dict(dataset=Path(dataset).stem, what=what, seconds=round(t.s, 2), device=gpu, **more))
+        rows.append(dict(dataset=Path(dataset).stem, what=what, seconds=round(t.s, 2), gpu_mib=gpu_mib(),
+                         device=gpu, **more))
         print(rows[-1], flush=True)
         return done[what]
     split = step("reading and splitting", lambda: make_split(load_interactions(dataset)))
-    reviews = step("words", lambda: encode_reviews(split, "tfidf"))
+    reviews = step("words", lambda: encode_reviews(split, "tfidf", ReviewConfig(device=device)))
     given = teacher_sessions(split, cfg), cfg.parts.session_weight
     ridge = step("item-item ridge", lambda: fit_item_filter(split, reviews, *given, device=device))
     teacher = step("networks and fusion", lambda: train_teacher(split, reviews, cfg, item_filter=ridge))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ITEM_RIDGE', 'LARGE_STEPS', 'StudentConfig', 'NoDistillationConfig', 'IdOnlyConfig', 'DistilledConfig',
-           'StudentModule', 'build_student', 'freeze_student', 'ridge_map', 'fit_messages', 'init_from_svd',
-           'soft_share', 'soft_loss', 'distill_loss', 'fidelity', 'check_inputs', 'prepare_targets',
+           'StudentModule', 'build_student', 'freeze_student', 'ridge_map', 'solve_together', 'fit_messages',
+           'init_from_svd', 'soft_share', 'soft_loss', 'distill_loss', 'fidelity', 'check_inputs', 'prepare_targets',
            'student_half_life', 'distill']
 
 # %% ../../nbs/37_models.distillation.ipynb #df050349
@@ -21,11 +21,12 @@ from torch import nn
 
 from ..core import Config, Stopwatch, UserError, option, part, pick_device, torch_rng
 from ..data.evaluation import recommend_topk
+from ..device import back, holds, take_rows, there
 from ..data.time import decayed_matrix, query_time
 from .hypergraphs import SparseOp, student_edges
 from .training import (
-    MANY_ROWS, TrainConfig, draw_items, fit, l2_penalty, mask_train, ranking_loss, resolve_batch_size, row_weights,
-    sample_candidates, valid_ndcg, within_steps)
+    MANY_ROWS, TrainConfig, draw_items, fit, l2_penalty, mask_train, present_scores, ranking_loss, resolve_batch_size,
+    row_weights, sample_candidates, valid_ndcg, within_steps)
 from .teacher import TeacherState
 from .student import StudentState, compact_gcn, student_scores
 from sharp_distill.models.targets import (
@@ -165,14 +166,34 @@ def ridge_map(x: np.ndarray, y: np.ndarray, # [n, c], [n, d]
     return np.linalg.solve(gram + penalty, x.T @ y).astype(np.float32)
 
 # %% ../../nbs/37_models.distillation.ipynb #c5b7c502
+def solve_together(op: SparseOp, # E [U, I]
+                   Y, # float32 [U, d], where the operator lies
+                   ridge: float, n_steps: int = 60): # -> Q float32 [I, d]
+    "Minimise |E Q - Y|² + ridge |Q|² by conjugate gradients, all columns at once."
+    tiny, left, found = torch.finfo(torch.float32).tiny, Y, 0.
+    step = slope = op.T @ Y
+    steep = slope.square().sum(0)
+    for _ in range(n_steps):
+        moved = op @ step
+        size = steep / (moved.square().sum(0) + ridge * step.square().sum(0)).clamp(min=tiny)
+        found, left = found + size * step, left - size * moved
+        slope = op.T @ left - ridge * found
+        before, steep = steep, slope.square().sum(0)
+        step = slope + steep / before.clamp(min=tiny) * step
+    return found
+
+
 def fit_messages(edges: sp.csr_matrix, # [U, I] edge weights
                  own: np.ndarray, # [U, d_t + 1] what users say of themselves, times the self-loop
                  Y: np.ndarray, # [U, d] rows to reach
-                 ridge: float) -> tuple: # (messages [I, d], user map [d_t + 1, d])
+                 ridge: float, op: SparseOp | None = None, # The edges on a GPU, where they lie there
+                ) -> tuple: # (messages [I, d], user map [d_t + 1, d])
     "Solve for the items' messages and the users' text map that come nearest to given user rows."
-    E = edges.astype(np.float64)
-    columns = [lsmr(E, y, damp=ridge ** .5, maxiter=60)[0] for y in Y.T.astype(np.float64)]
-    q = np.column_stack(columns).astype(np.float32)
+    if op is not None and holds(op.A.device): q = back(solve_together(op, there(Y, op.A.device), ridge))
+    else:
+        E = edges.astype(np.float64)
+        columns = [lsmr(E, y, damp=ridge ** .5, maxiter=60)[0] for y in Y.T.astype(np.float64)]
+        q = np.column_stack(columns).astype(np.float32)
     return q, ridge_map(own, Y - edges @ q, 1.)
 
 # %% ../../nbs/37_models.distillation.ipynb #e2dfe4b5
@@ -181,7 +202,7 @@ def init_from_svd(model: StudentModule, train: sp.csr_matrix, # [U, I], ones or 
     "Set a student's parameters so that its rows come nearest to the SVD rows."
     edges, loop_u, loop_i = student_edges(train)
     x_user, x_item = model.x_user.cpu().numpy(), model.x_item.cpu().numpy()
-    message, user_map = fit_messages(edges, loop_u[:, None] * x_user, targets.users, ridge)
+    message, user_map = fit_messages(edges, loop_u[:, None] * x_user, targets.users, ridge, model.edges)
     item_map = ridge_map(x_item, targets.items, ITEM_RIDGE)
     row = targets.items - loop_i[:, None] * (x_item @ item_map)
     with torch.no_grad():
@@ -200,9 +221,7 @@ def soft_loss(model: StudentModule, soft: SoftLabels, zu, zi, # Rows of the batc
               logits, # [G, n] of the candidates, -inf for train items
               who, temp: float): # int64 [G]; T
     "Return the soft-label loss of a batch of users."
-    at = who.cpu().numpy()
-    items = torch.as_tensor(soft.items[at].astype(np.int64), device=zu.device)
-    teacher = torch.as_tensor(soft.scores[at], device=zu.device)
+    items, teacher = take_rows(soft.items, who).long(), take_rows(soft.scores, who)
     whole = logits.shape[1] == len(zi)
     student = logits.gather(1, items) if whole else model.pair_logits(zu, zi[items])
     return soft_label_loss(student, teacher, temp, logits if whole else torch.cat([student, logits], 1))
@@ -299,7 +318,7 @@ def distill(teacher: TeacherState | None, # None: hard labels only
             init_from_svd(model, recent if half_life else train, targets, target_cfg.init_ridge)
         known = prepare_targets(target_cfg, targets, teacher, device) if teacher else None
     now = lambda: freeze_student(model, train, split, reviews)
-    score = lambda: lambda u, s=now(): student_scores(s, s.user_emb[u])
+    score = lambda: present_scores(model, now, lambda s, u: student_scores(s, s.user_emb[u]))
     ndcg, asked = lambda: valid_ndcg(score(), split), lambda: fidelity(score(), targets.soft, train)
     def loss(users, items, epoch, gen):
         if teacher: items = draw_items(train, users, gen)

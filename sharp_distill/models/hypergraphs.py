@@ -17,6 +17,7 @@ import torch
 
 from ..core import UserError, rng
 from ..data.dates import NO_TIME
+from ..device import holds
 
 # %% ../../nbs/30_models.hypergraphs.ipynb #ce1c5f76
 def _incidence(train: sp.spmatrix, # [U, I] train interactions
@@ -119,7 +120,8 @@ def to_torch(m: sp.spmatrix, device="cpu"): # [N, E]
     m = sp.csr_matrix(m, dtype=np.float32)
     with torch.sparse.check_sparse_tensor_invariants(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse (CSR|invariant)") # torch calls this layout "beta"
-        index = [torch.from_numpy(a.astype(np.int64)) for a in (m.indptr, m.indices)]
+        kind = np.int32 if holds(device) and m.nnz < 2**31 else np.int64 # what a GPU multiplies fastest
+        index = [torch.from_numpy(a.astype(kind)) for a in (m.indptr, m.indices)]
         return torch.sparse_csr_tensor(*index, torch.from_numpy(m.data), size=m.shape, device=device)
 
 

@@ -34,12 +34,11 @@ from .competitors import (
     fit_lighthgnn, fit_simrec, fit_text_lightgcn)
 from .sequential import SASRecConfig, fit_sasrec
 from .teacher import (
-    CUT_IN_TIME, ROW_HALF_LIVES, PartsConfig, TeacherConfig, fit_filter, teacher_scorer, teacher_scores, train_teacher)
+    CUT_IN_TIME, ROW_HALF_LIVES, PartsConfig, TeacherConfig, fit_filter, teacher_scorer, train_teacher)
 from .student import student_scorer
-from .fusion import standardise
 from .distillation import (
     DistilledConfig, IdOnlyConfig, NoDistillationConfig, distill, gather_targets)
-from .targets import approximate, gather_soft_labels
+from .targets import approximate, gather_soft_labels, standard_scores
 
 # %% ../../nbs/39_models.registry.ipynb #8e8329a2
 @dataclass(frozen=True)
@@ -374,10 +373,10 @@ def shared_targets(fits: Fits, cfg: DistilledConfig) -> tuple: # (TeacherState, 
     seed, emb_dim, gathered = cfg.student.seed, cfg.student.emb_dim, cfg.targets.replace(kd_weight=1.) # the loss
     teacher, of = fits.fit("teacher", seed).state, fits.config("teacher", seed=seed).sha()
     def gather():
-        standard = lambda u: standardise(teacher_scores(teacher, u))
+        standard, exponent = standard_scores(teacher), gathered.score_exponent
         soft = fits.keep(("soft labels", of), lambda: gather_soft_labels(standard, teacher.train))
-        factors = fits.keep(("factors", of, gathered.score_exponent, emb_dim, seed),
-                            lambda: approximate(teacher, standard, emb_dim, gathered.score_exponent, seed))
+        factors = fits.keep(("factors", of, exponent, emb_dim, seed),
+                            lambda: approximate(teacher, standard, emb_dim, exponent, seed))
         return gather_targets(teacher, emb_dim, gathered, seed, soft, factors)
     return teacher, fits.keep(("targets", of, gathered.sha(), emb_dim, seed), gather)
 

@@ -22,14 +22,15 @@ from torch import nn
 
 from ..core import Config, Stopwatch, UserError, option, part, pick_device, torch_rng
 from ..data.evaluation import Scorer
+from ..device import dot_scorer, holds, on_device, table_device
 from .hypergraphs import SparseOp, add_hyperedges, build_hypergraphs, session_hyperedges
-from sharp_distill.models.training import (
-    BY_AGE, History, TrainConfig, fit, info_nce, l2_penalty, mask_train, ranking_loss, row_weights, sample_candidates,
-    valid_ndcg, within_steps)
+from .training import (
+    BY_AGE, History, TrainConfig, fit, info_nce, l2_penalty, mask_train, present_scores, ranking_loss, row_weights,
+    sample_candidates, valid_ndcg, within_steps)
 from ..data.time import HALF_LIVES, decayed_matrix, decayed_popularity
 from .fusion import choose_weights, fused_scores, fusion_ndcg
 from .sequential import SASRecConfig, fit_sasrec
-from .item_filter import ItemFilter, filter_scores, fit_item_filter
+from .item_filter import ItemFilter, filter_scorer, fit_item_filter
 
 # %% ../../nbs/35_models.teacher.ipynb #fe1b795e
 def propagate(op: SparseOp, # The factor A [N, E] of the operator L = A Aᵀ
@@ -236,25 +237,36 @@ def hgnn_scores(state: TeacherState, user_idx: np.ndarray) -> np.ndarray: # int6
     return network_scores(state.config, state, user_idx)
 
 
-def teacher_parts(state: TeacherState) -> dict: # Part -> callable, user_idx int64 [B] -> float32 [B, I]
+def _trend_scorer(trend: np.ndarray, device): # float32 [I] -> callable
+    if holds(device): return lambda u: on_device(trend, device).expand(len(u), -1)
+    return lambda u: np.broadcast_to(trend, (len(u), len(trend)))
+
+
+def teacher_parts(state: TeacherState,
+                  device="cpu") -> dict: # Part -> callable, user_idx int64 [B] -> float32 [B, I], on a GPU a tensor
     "Return the parts that a state has."
-    parts = dict(networks=lambda u: hgnn_scores(state, u))
-    if state.item_filter is not None: parts["ridge"] = lambda u: filter_scores(state.histories[u], state.item_filter)
-    if state.trend is not None: parts["trend"] = lambda u: np.broadcast_to(state.trend, (len(u), len(state.trend)))
-    if state.sequence: parts["sequence"] = lambda u: state.sequence["user"][u] @ state.sequence["item"].T
+    parts, there = dict(networks=lambda u: hgnn_scores(state, u)), holds(device)
+    if there and state.head: parts["networks"] = lambda u: torch.as_tensor(hgnn_scores(state, u), device=device)
+    elif there: parts["networks"] = dot_scorer(state.user_emb, state.item_emb, device)
+    if state.item_filter is not None: parts["ridge"] = filter_scorer(state.histories, state.item_filter, device)
+    if state.trend is not None: parts["trend"] = _trend_scorer(state.trend, device)
+    if state.sequence: parts["sequence"] = dot_scorer(state.sequence["user"], state.sequence["item"], device)
     return parts
 
 
-def teacher_scores(state: TeacherState, user_idx: np.ndarray) -> np.ndarray: # int64 [B] -> float32 [B, I]
+def teacher_scores(state: TeacherState, user_idx: np.ndarray, # int64 [B]
+                   device="cpu"): # float32 [B, I], on a GPU a tensor
     "Score the catalogue with all parts, standardised and added; with one part as they are."
-    parts, used = teacher_parts(state), [n for n, w in state.weights.items() if w]
+    parts, used = teacher_parts(state, device), [n for n, w in state.weights.items() if w]
     return parts[used[0]](user_idx) if len(used) == 1 else fused_scores(parts, state.weights, user_idx)
 
 # %% ../../nbs/35_models.teacher.ipynb #0c339326
 def teacher_scorer(state: TeacherState, name: str = "teacher") -> Scorer:
     "Wrap a teacher for the evaluation."
     dot = set(state.weights) == {"networks"} and not state.head
+    device = table_device(state.config.device)
     rows = dict(user_emb=state.user_emb, item_emb=state.item_emb) if dot else {}
+    if holds(device): rows["on_device"] = lambda u: teacher_scores(state, u, device)
     return Scorer(name, lambda u: teacher_scores(state, u), state.n_params, state.n_bytes, state.train_s,
                   config=state.config.to_dict(), chosen=state.chosen, history=state.history, state=state, **rows)
 
@@ -274,7 +286,8 @@ def choose_half_life(state: TeacherState, split) -> TeacherState:
     "Let the ridge read histories by age, with the half-life that validation prefers."
     given, B = state.config.parts.half_life, state.item_filter
     tried = HALF_LIVES if given < 0 else (given,)
-    ndcg = lambda h: valid_ndcg(lambda u, R=decayed_matrix(split.train, h): filter_scores(R[u], B), split)
+    device = table_device(state.config.device)
+    ndcg = lambda h: valid_ndcg(filter_scorer(decayed_matrix(split.train, h), B, device), split)
     best = tried[0] if len(tried) == 1 else max(tried, key=ndcg)
     recent = decayed_matrix(split.train, best) if best else None
     return replace(state, recent=recent, chosen=state.chosen | dict(half_life=best))
@@ -285,11 +298,12 @@ def choose_trend(state: TeacherState, split) -> TeacherState:
     given, tried = state.config.parts.trend_half_life, HALF_LIVES
     if given >= 0: tried = (given,)
     trends = {h: decayed_popularity(split.train, h) for h in tried}
-    others = teacher_parts(state)
+    device = table_device(state.config.device)
+    others = teacher_parts(state, device)
     alone = fusion_ndcg(others, [{n: 1.} for n in others], split)
     anchor = list(others)[int(np.argmax(alone))]
     parts = {anchor: others[anchor]}
-    parts |= {h: lambda u, p=p: np.broadcast_to(p, (len(u), len(p))) for h, p in trends.items()}
+    parts |= {h: _trend_scorer(p, device) for h, p in trends.items()}
     asked = [{anchor: 1., h: w} for h in tried for w in (.1, .25, .5, 1.)] if len(tried) > 1 else []
     best = max(asked[int(np.argmax(fusion_ndcg(parts, asked, split)))].keys() - {anchor}) if asked else tried[0]
     return replace(state, trend=trends[best], chosen=state.chosen | dict(trend_half_life=best))
@@ -318,7 +332,7 @@ def fuse(state: TeacherState, split, found: ItemFilter | None = None, # A fitted
         if split.protocol in CUT_IN_TIME:
             if found is not None: state = choose_half_life(state, split)
             state = choose_trend(state, split)
-        parts, valid = teacher_parts(state), {}
+        parts, valid = teacher_parts(state, table_device(state.config.device)), {}
         if state.config.parts.weights: weights = parse_weights(state.config.parts.weights)
         else:
             alone = dict(zip(parts, fusion_ndcg(parts, [{n: 1.} for n in parts], split)))
@@ -342,7 +356,7 @@ def train_networks(split, reviews, cfg: TeacherConfig, # With its `row_half_life
     now = lambda: freeze_teacher(model, train, split, reviews)
     history = fit(model, (split.train.user_idx, split.train.item_idx),
                   lambda users, items, epoch, gen: teacher_loss(cfg, model, train, users, items, gen),
-                  lambda: valid_ndcg(lambda u, s=now(): hgnn_scores(s, u), split), cfg, checkpoint, "teacher",
+                  lambda: valid_ndcg(present_scores(model, now, hgnn_scores), split), cfg, checkpoint, "teacher",
                   (split.sha, reviews.encoder), row_weights(split.train, cfg.row_half_life))
     return replace(now(), valid=dict(hgnn=history.best_valid), train_s=history.train_s, history=history,
                    chosen=dict(epochs=history.best_epoch + 1, row_half_life=cfg.row_half_life))

@@ -6,7 +6,8 @@
 __all__ = ['BY_AGE', 'STEPS', 'MANY_ROWS', 'FEW_STEPS', 'ALL_ITEMS', 'DRAWN', 'MOST_SCORES', 'ASKED', 'TrainConfig',
            'resolve_batch_size', 'sized', 'within_steps', 'mse_loss', 'bpr_loss', 'sampled_softmax_loss',
            'ranking_loss', 'l2_penalty', 'info_nce', 'sample_candidates', 'mask_train', 'draw_items', 'asked_users',
-           'valid_ndcg', 'History', 'epoch_order', 'row_weights', 'save_checkpoint', 'load_checkpoint', 'fit']
+           'valid_ndcg', 'present_scores', 'History', 'epoch_order', 'row_weights', 'save_checkpoint',
+           'load_checkpoint', 'fit']
 
 # %% ../../nbs/31_models.training.ipynb #80c62d34
 import contextlib
@@ -28,6 +29,7 @@ from torch import nn
 
 from ..core import Config, UserError, content_sha, option, progress, torch_rng, whole_file
 from ..data.evaluation import hit_matrix, metrics_at, recommend_topk
+from ..device import among, dot_scorer, holds, keep, memory_for, on_device
 from ..data.time import decay
 
 # %% ../../nbs/31_models.training.ipynb #c68be5aa
@@ -146,6 +148,10 @@ def mask_train(scores, # [B, n] scores of the candidates
                candidates, # int64 [n]
                train: sp.csr_matrix): # [U, I] train interactions
     "Set the scores of items a user has already chosen to -inf."
+    if holds(scores.device):
+        who, item, _ = on_device(train, scores.device).entries(users)
+        if len(candidates) < train.shape[1]: who, item = among(candidates, train.shape[1], who, item)
+        return scores.index_put((who, item), scores.new_tensor(-torch.inf))
     rows = train[users.cpu().numpy()]
     if len(candidates) < train.shape[1]: rows = rows[:, candidates.cpu().numpy()]
     rows = rows.tocoo()
@@ -157,7 +163,11 @@ def draw_items(train: sp.csr_matrix, # [U, I]
                users, # int64 [B], each with a train item
                gen: torch.Generator): # int64 [B]
     "Draw one train item for each user."
-    u, share = users.cpu().numpy(), torch.rand(len(users), generator=gen, dtype=torch.float64).numpy()
+    share = torch.rand(len(users), generator=gen, dtype=torch.float64)
+    if holds(users.device):
+        start, n = (rows := on_device(train, users.device)).spans(users)
+        return rows.indices[start + (share.to(users.device) * n).long()].long()
+    u, share = users.cpu().numpy(), share.numpy()
     start, stop = train.indptr[u], train.indptr[u + 1]
     drawn = train.indices[start + (share * (stop - start)).astype(np.int64)]
     return torch.as_tensor(drawn.astype(np.int64), device=users.device)
@@ -175,16 +185,30 @@ def asked_users(known, truth, # csr [U, I] of train and of validation
     return users if len(users) <= most else users[np.linspace(0, len(users) - 1, most).astype(np.int64)]
 
 
+def _asked_of(split, items) -> tuple: # train and validation, csr [U, m]; users int64 [n]
+    known, truth = split.train.to_csr(), split.valid.to_csr()
+    if items is not None: known, truth = known[:, items], truth[:, items]
+    return known, truth, asked_users(known, truth)
+
+
 def valid_ndcg(score, # user_idx int64 [B] -> [B, m]
                split, items=None, # int64 [m], what is scored; None: the whole catalogue
               ) -> float: # nan where nobody is to be asked
     "Return NDCG@10 on the validation part."
-    known, truth = split.train.to_csr(), split.valid.to_csr()
-    if items is not None: known, truth = known[:, items], truth[:, items]
-    users, k = asked_users(known, truth), min(10, truth.shape[1])
+    known, truth, users = keep(split if items is None else items, (id(split), ASKED), lambda: _asked_of(split, items))
+    k = min(10, truth.shape[1])
     if not len(users): return float("nan")
     hits = hit_matrix(recommend_topk(score, users, known, k), users, truth)
     return float(metrics_at(hits, np.diff(truth.indptr)[users], (k,))[f"NDCG@{k}"].mean())
+
+
+def present_scores(model: nn.Module, # forward() -> rows of users [U, d] and items [I, d]
+                   now, # () -> its state
+                   score): # (state, user_idx int64 [B]) -> [B, I]
+    "Return what scores with a module's present rows; on a GPU, without a scoring network, they stay there."
+    device = next(model.parameters()).device
+    if not holds(device) or model.head_arrays(): return lambda u, s=now(): score(s, u)
+    with torch.no_grad(): return dot_scorer(*model(), device)
 
 # %% ../../nbs/31_models.training.ipynb #510af053
 @dataclass(frozen=True)
@@ -262,8 +286,9 @@ def _run_epoch(optimiser, loss_fn, rows, epoch, cfg, gen, device, weight=None):
         with _summed_in_order(device): total.backward()
         optimiser.step()
         for name, part in {"loss": total, **parts}.items():
-            sums[name] = sums.get(name, 0.) + float(torch.as_tensor(part).detach()) * len(b)
-    return {name: s / len(order) for name, s in sums.items()}
+            value = torch.as_tensor(part).detach() # a GPU is asked for its sums at last
+            sums[name] = sums.get(name, 0.) + (value if holds(device) else float(value)) * len(b)
+    return {name: float(s) / len(order) for name, s in sums.items()}
 
 # %% ../../nbs/31_models.training.ipynb #803705fd
 def save_checkpoint(path, model: nn.Module, best: dict, optimiser, gen, history: History,
@@ -322,14 +347,16 @@ def fit(model: nn.Module, # Trained in place; holds its best weights afterwards
     key = content_sha(cfg.sha(), list(also))
     rows = tuple(torch.as_tensor(np.asarray(r, dtype=np.int64)) for r in rows)
     cfg = sized(cfg, len(rows[0]))
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=cfg.lr)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(trained, lr=cfg.lr, fused=holds(device) or None)
     if checkpoint and Path(checkpoint).exists(): best, history = load_checkpoint(checkpoint, model, optimiser, gen, key)
     else: best, history = _snapshot(model), History(best_valid=_validated(model, validate))
     bar = progress(range(len(history.rows), cfg.epochs), name)
     for epoch in bar:
         if epoch - 1 - history.best_epoch >= cfg.patience: break
         start = time.perf_counter()
-        row = dict(epoch=epoch, **_run_epoch(optimiser, loss_fn, rows, epoch, cfg, gen, device, weight))
+        with memory_for(f"batches of {cfg.batch_size:,} rows", f"batch_size, such as to {cfg.batch_size // 4 or 1:,}"):
+            row = dict(epoch=epoch, **_run_epoch(optimiser, loss_fn, rows, epoch, cfg, gen, device, weight))
         row |= dict(valid=_validated(model, validate), seconds=time.perf_counter() - start)
         bar.set_postfix(loss=f"{row['loss']:.4f}", valid=f"{row['valid']:.4f}")
         history = replace(history, rows=(*history.rows, row))

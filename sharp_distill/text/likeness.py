@@ -12,6 +12,8 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 
+from ..device import gram_of_rows, holds, strongest_rows
+
 # %% ../../nbs/27_text.likeness.ipynb #27b10006
 ROWS = 256 # Rows of a block
 
@@ -73,7 +75,10 @@ def text_likeness(item_text, # [I, V] a row an item, dense or csr; zero rows wit
     put = lambda x: torch.as_tensor(np.ascontiguousarray(x, np.float32), device=device)
     squares = np.square(item_text).sum(1) if dense else item_text.multiply(item_text).sum(1)
     own = put(np.asarray(squares).ravel())
+    if n_items <= whole and holds(device) and not dense: return TextLikeness(gram_of_rows(item_text, device), None, own)
     if n_items <= whole: return TextLikeness(put(dense_product(item_text, item_text.T)), None, own)
+    if n_words > n_dims and holds(device) and not dense:
+        return TextLikeness(None, strongest_rows(item_text, n_dims, device), own)
     if n_words > n_dims:
         from sklearn.decomposition import TruncatedSVD
         item_text, dense = TruncatedSVD(n_dims, n_iter=2, random_state=0).fit_transform(item_text), True

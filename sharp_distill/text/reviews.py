@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sp
 
-from ..core import UserError, cache_dir, read_json, rng
+from ..core import UserError, cache_dir, pick_device, read_json, rng
 from .encoders import ReviewConfig, clean_text, encode_texts, find_encoder, load_encoder
 from .vector_cache import cached_vectors, encoder_sha
 from .words import WordEncoder, encode_words, tfidf_rows, train_reviews
@@ -199,7 +199,8 @@ def encode_neural(split, name: str, cfg: ReviewConfig) -> tuple: # float32 [U, d
         d = int(read_json(folder / "config.json")["hidden_size"])
         zeros = lambda *shape: np.zeros((*shape, d), np.float32)
         return zeros(texts.n_users), zeros(texts.n_items), NeuralEncoder(*known, zeros())
-    vectors, column = cached_vectors(cache_dir("reviews", known[1]), texts.text, encode)
+    block = 4096 if pick_device(cfg.device).type == "cpu" else 32_768
+    vectors, column = cached_vectors(cache_dir("reviews", known[1]), texts.text, encode, block)
     _loaded.cache_clear()
     mean, projection = finish_vectors(vectors, column, texts.item_idx, cfg.finish)
     rows = (pool_reviews(vectors, column, row, n, mean, projection)

@@ -16,6 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from .encoders import ReviewConfig, clean_text
+from .cores import count_in_processes, several
 
 # %% ../../nbs/22_text.words.ipynb #7b3732e0
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def count_words(texts: ReviewTexts, # n reviews
     "Count the words of each review."
     from sklearn.feature_extraction.text import CountVectorizer
     if not len(texts): return sp.csr_matrix((0, 0), dtype=np.float32), np.array([], dtype=object)
+    if several(len(texts)): return count_in_processes(texts.text, WORD)[::-1]
     counter = CountVectorizer(token_pattern=WORD, dtype=np.float32)
     try: return counter.fit_transform(texts.text), counter.get_feature_names_out()
     except ValueError: return sp.csr_matrix((len(texts), 0), dtype=np.float32), np.array([], dtype=object)
