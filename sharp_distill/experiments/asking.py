@@ -43,7 +43,7 @@ class Window:
     def count(self, mask) -> np.ndarray: # int64 [I], rows of each item among some rows
         return np.bincount(self.rows.item_idx[mask], minlength=self.rows.n_items)
 
-
+# %% ../../nbs/56_experiments.asking.ipynb #56d00021
 def open_window(split, part: str) -> Window:
     "Join what is known when the validation or the test window begins with the window's own rows."
     if split.protocol != "temporal":
@@ -70,7 +70,7 @@ class Ask:
         row = np.isin(self.users, users)
         return replace(self, users=self.users[row], truth=self.truth[row], seen=self.seen[row])
 
-
+# %% ../../nbs/56_experiments.asking.ipynb #56d00022
 def make_ask(window: Window, items, at: int, until: int, new=()) -> Ask: # `new`: items that arrived since the cut
     "Ask at a moment for the candidates that each user with a history chose until another."
     rows, known = window.rows, known_at(window.rows, at)
@@ -82,9 +82,6 @@ def make_ask(window: Window, items, at: int, until: int, new=()) -> Ask: # `new`
     return Ask(at, known, texts, items, users, chose[users][:, items], had[users][:, items])
 
 # %% ../../nbs/56_experiments.asking.ipynb #57c0000e
-RARE = 5 # most known rows of a rare item
-
-
 def ask_new(window: Window, n_moments: int) -> list: # Of `Ask`s
     "Ask for items that arrived since the window began, at moments that part the window's rows evenly."
     rows, old = window.rows, window.count(window.base) > 0
@@ -96,6 +93,9 @@ def ask_new(window: Window, n_moments: int) -> list: # Of `Ask`s
         items = np.flatnonzero(~old & (window.count(known_at(rows, at) & written) > 0))
         if len(items) > 1: asks.append(make_ask(window, items, at, until, items))
     return asks
+
+# %% ../../nbs/56_experiments.asking.ipynb #56d00024
+RARE = 5 # most known rows of a rare item
 
 
 def ask_once(window: Window, keep) -> list: # `keep`: int64 [I] known rows of each item -> bool [I]
@@ -128,7 +128,7 @@ class Question:
                     asked=int(sum(a.truth.nnz for a in self.asks)), in_the_window=int((~self.window.base).sum()),
                     candidates=float(np.mean([len(a.items) for a in self.asks])))
 
-
+# %% ../../nbs/56_experiments.asking.ipynb #56d00023
 def ask(name: str, window: Window, n_moments: int = 6) -> Question:
     "Ask a question by name, or say that nobody can be asked it."
     keep = dict(rare=lambda n: (n > 0) & (n <= RARE), unseen=lambda n: n > 0)
