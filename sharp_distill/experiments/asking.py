@@ -89,7 +89,7 @@ def ask_new(window: Window, n_moments: int) -> list: # Of `Ask`s
     later = np.sort(rows.timestamp[~window.base])
     moments = np.unique(later[np.arange(1, n_moments + 1) * len(later) // (n_moments + 1)])
     asks = []
-    for at, until in zip(moments, [*moments[1:], later[-1] + 1]):
+    for at, until in zip(map(int, moments), map(int, [*moments[1:], later[-1] + 1])):
         items = np.flatnonzero(~old & (window.count(known_at(rows, at) & written) > 0))
         if len(items) > 1: asks.append(make_ask(window, items, at, until, items))
     return asks

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LISTS', 'WAYS', 'ENCODERS', 'JOINED', 'tfidf_way', 'bm25_way', 'squares', 'unit', 'finished', 'encoder_way',
            'svd_way', 'Likeness', 'scores_of', 'chance', 'popularity', 'ridge_with_text', 'Way', 'add_way', 'Joined',
-           'choose_way', 'CarryOverConfig', 'ways_of', 'choose_all', 'read_all', 'compare_ways', 'carry_over',
-           'carry_over_frame', 'record_path', 'language_shares']
+           'choose_way', 'CarryOverConfig', 'ways_of', 'best_words', 'choose_all', 'read_all', 'compare_ways',
+           'carry_over', 'carry_over_frame', 'record_path', 'language_shares']
 
 # %% ../../nbs/57_experiments.carry_over.ipynb #57c00003
 import functools
@@ -211,7 +211,7 @@ class CarryOverConfig(Config):
     ways: str = option("all", "of chance, popularity, ridge, tfidf, svd, bm25 and what was added")
     encoders: str = option("shipped", "shipped, label=folder, label:8=folder; {dataset} in a folder")
     trained: str = option("", "the encoder under test: dataset=folder,.. or a folder with {dataset}")
-    joined: bool = option(True, "also join each encoder with TF-IDF")
+    joined: bool = option(True, "also join each encoder with the best of the words")
     window: str = option("valid", "what is reported; test is noted in the ledger", choices=("valid", "test"))
     n_reviews: int = option(16, "reviews of an item that an encoder reads, the first in time; 0: all", 0)
     n_choose: int = option(1000, "users that options are chosen on; 0: all", 0)
@@ -246,44 +246,47 @@ def ways_of(cfg: CarryOverConfig, dataset: str) -> dict: # Name -> Way
         found[label] = Way(ENCODERS.get(label, label), encoder_way(folder, n_reviews, cfg.reviews), ("finish",))
     return found
 
-
-def _joins(ways: dict, cfg: CarryOverConfig) -> list: # Names of ways that are joined with TF-IDF
-    return [n for n, w in ways.items() if cfg.joined and w.kind == "text" and "tfidf" in ways]
-
 # %% ../../nbs/57_experiments.carry_over.ipynb #57c00064
-def _scorers(corpus: Corpus, ways: dict, options: dict): # name -> scorer; kernels are large, so three are retained
+def best_words(ways: dict, chosen: dict) -> str: # Name -> Way; name -> (options, validation NDCG@10)
+    "Name the baseline that counts words: the best on validation."
+    words = [n for n, w in ways.items() if w.kind == "words" and n in chosen]
+    if not words: raise UserError("ways has none that counts words: expected tfidf, svd or bm25 to compare with.")
+    return max(words, key=lambda n: chosen[n][1])
+
+
+def _scorers(corpus: Corpus, ways: dict, chosen: dict): # name -> scorer; kernels are large, so three are retained
     single = functools.lru_cache(3)(lambda n: ways[n].scorer(corpus))
     def scorer(name):
         if name in ways: return single(name)
-        parts = name.split("+")
-        return Joined(*map(single, parts), tuple(options[p] for p in parts))
+        parts = best_words(ways, chosen), name.removeprefix("words+")
+        return Joined(*map(single, parts), tuple(chosen[p][0] for p in parts))
     return scorer
 
-
-def choose_all(corpus: Corpus, question: Question, ways: dict, joins: list) -> dict: # Name -> (options, valid NDCG@10)
-    "Choose every way's options on a question of the validation window."
-    names = [n for n in ways if not (n == "ridge" and question.name == "new")] + [f"tfidf+{n}" for n in joins]
-    scorer, chosen = _scorers(corpus, ways, options := {}), {}
-    for n in names:
-        chosen[n] = choose_way(scorer(n), ways[n].lists() if n in ways else JOINED, question)
-        options[n] = chosen[n][0]
+# %% ../../nbs/57_experiments.carry_over.ipynb #57c00066
+def choose_all(corpus: Corpus, question: Question, ways: dict,
+               joined: bool = True) -> dict: # Name -> (options, validation NDCG@10)
+    "Choose every way's options on a question of the validation window; join each encoder with the best of the words."
+    names = [n for n in ways if not (n == "ridge" and question.name == "new")]
+    joins = [f"words+{n}" for n in names if joined and ways[n].kind == "text"]
+    chosen = {}
+    scorer = _scorers(corpus, ways, chosen)
+    for n in names + joins: chosen[n] = choose_way(scorer(n), ways[n].lists() if n in ways else JOINED, question)
     return chosen
 
 
 def read_all(corpus: Corpus, question: Question, ways: dict, chosen: dict) -> dict: # Name -> EvalResult
     "Answer a question with every way's chosen options."
-    scorer = _scorers(corpus, ways, {n: o for n, (o, _) in chosen.items()})
+    scorer = _scorers(corpus, ways, chosen)
     one = lambda n, score, o: answer(question, lambda a: score(a, o), n)
     return {n: one(n, scorer(n), o) for n, (o, _) in chosen.items()}
 
 # %% ../../nbs/57_experiments.carry_over.ipynb #57c00034
 def compare_ways(results: dict, chosen: dict, ways: dict) -> list: # Of one question; dictionaries for the record
     "Give each way its interval, and a paired test against the best baseline that counts words."
-    words = [n for n, w in ways.items() if w.kind == "words" and n in chosen]
-    if not words: raise UserError("ways has none that counts words: expected tfidf, svd or bm25 to compare with.")
-    baseline = max(words, key=lambda n: chosen[n][1])
+    baseline = best_words(ways, chosen)
     tests = {n: paired_test(r, results[baseline]) for n, r in results.items() if n != baseline}
-    p, label = holm({n: t.p for n, t in tests.items()}), lambda n: " + ".join(ways[x].label for x in n.split("+"))
+    p = holm({n: t.p for n, t in tests.items()})
+    label = lambda n: ways[n].label if n in ways else f"best words + {ways[n.removeprefix('words+')].label}"
     kind = lambda n: "joined" if n not in ways else "baseline" if n == baseline else ways[n].kind
     row = lambda n, r: dict(way=n, label=label(n), kind=kind(n), ndcg=r.mean("NDCG@10"), ci95=list(r.ci95("NDCG@10")),
                             hr=r.mean("HR@10"), valid=chosen[n][1], options=chosen[n][0])
@@ -309,7 +312,7 @@ def carry_over(data: Interactions, name: str, cfg: CarryOverConfig,
     corpus = last = Corpus(open_window(split, "valid"))
     questions = _questions(corpus.window, cfg)
     with Stopwatch() as watch:
-        chosen = {q: choose_all(corpus, x.some(cfg.n_choose), ways, _joins(ways, cfg)) for q, x in questions.items()}
+        chosen = {q: choose_all(corpus, x.some(cfg.n_choose), ways, cfg.joined) for q, x in questions.items()}
     if cfg.window == "test":
         if note: note(split, len(set().union(*chosen.values())))
         last = Corpus(open_window(split, "test"))
