@@ -190,7 +190,8 @@ class Joined:
 
     def __call__(self, a: Ask, o: dict) -> np.ndarray: # float32 [B, m]
         options = self.own[0], self.own[1] | {"sharpness": o["sharpness"]}
-        kernels = lambda had: [p.kernel(a, own, had) for p, own in zip(self.parts, options)]
+        even = lambda K: K / np.float32(max(K.std(), 1e-12)) # cosines of dense vectors are larger than of words
+        kernels = lambda had: [even(p.kernel(a, own, had)) for p, own in zip(self.parts, options)]
         mix = lambda K1, K2: (1 - o["share"]) * K1 + o["share"] * K2
         return scores_of(a, self.parts[0].corpus.window.rows, o, lambda had: mix(*kernels(had)))
 
