@@ -81,6 +81,21 @@ def test_the_shipped_encoder_reads_every_script_without_unknown_pieces(shipped):
     assert np.isfinite(v).all() and (v[:-1] @ v[-1]).max() < .99
 
 
+def test_the_shipped_encoder_tells_texts_without_spaces_and_emoji_apart(shipped):
+    "Byte by byte and still readable: other texts have other vectors, and what is mixed in leaves the English part its meaning."
+    tokenizer, _ = shipped
+    apart = ["很好用的吉他", "音质太差了", "素晴らしいギター", "弦がすぐ切れた", "기타가 좋아요", "🎸🎸🔥", "💔😡", "👩‍👩‍👧"]
+    mixed = ["a great guitar 🎸 很好用 with warm tone", "a great guitar with warm tone", "this beer smells of grapefruit and hops", "很好用 🎸"]
+    for text in [*apart, *mixed, "很好用" * 4000, "🎸" * 4000]:
+        ids = tokenizer(text, truncation=True, max_length=512).input_ids
+        assert tokenizer.unk_token_id not in ids and 2 < len(ids) <= 512
+    v = encode_texts(apart + mixed, *shipped, ReviewConfig())
+    like = v @ v.T
+    assert np.isfinite(v).all() and (like[:len(apart), :len(apart)] - np.eye(len(apart))).max() < .999
+    english, other = like[len(apart), len(apart) + 1], like[len(apart), len(apart) + 2]
+    assert english > other + .1
+
+
 def test_the_hub_cache_is_used_offline(tmp_path, monkeypatch, tiny):
     import shutil
 

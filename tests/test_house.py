@@ -156,7 +156,7 @@ def test_run_notebooks_define_no_functions():
 
 CONFIGS = dict(run="experiments.run.RunConfig", ablation="experiments.studies.AblationConfig", sensitivity="experiments.studies.SensitivityConfig",
                scalability="experiments.studies.ScalabilityConfig", reproduce="experiments.studies.ReproduceConfig",
-               leaderboard="experiments.board.BoardConfig", speed_report="experiments.speed.SpeedConfig")
+               leaderboard="experiments.board.BoardConfig", carry_over="experiments.carry_over.CarryOverConfig", speed_report="experiments.speed.SpeedConfig")
 
 
 @pytest.mark.parametrize("name", CONFIGS)

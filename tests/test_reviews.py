@@ -103,3 +103,78 @@ def test_a_stored_row_of_zeros_is_repaired(tmp_path):
     path.write_bytes(struct.pack("<Q", len(head)) + head + keys.tobytes() + vectors.tobytes())
     again, _ = cached_vectors(tmp_path, ["text 0", "text 1"], encode)
     assert sorted(again[:, 0].tolist()) == [1., 2.]
+
+
+def shop(review=None, n_users=60, n_items=50, seed=0):
+    "A shop whose items arrive one after the other; reviews of drawn words, or of a function of user, item and day."
+    import pandas as pd
+    from conftest import WORDS
+    from sharp_distill.data.interactions import from_frame
+    r = np.random.default_rng(seed)
+    rows = [(f"u{u:02d}", f"i{i:02d}", d) for d in range(200) for u, i in zip(r.integers(0, n_users, 6), r.integers(max(0, d // 5 - 12), 10 + d // 5, 6))]
+    frame = pd.DataFrame(rows, columns=["user_id", "item_id", "day"]).drop_duplicates(["user_id", "item_id"])
+    frame["timestamp"] = 1_600_000_000 + 86_400 * frame.day + np.arange(len(frame))
+    frame["review"] = [(review or (lambda u, i, d: " ".join(r.choice(WORDS, 5))))(*row) for row in frame[["user_id", "item_id", "day"]].itertuples(index=False)]
+    return from_frame(frame.drop(columns="day"))
+
+
+@pytest.fixture(scope="module")
+def two_widths(tmp_path_factory):
+    "Two tiny encoders, 32 and 48 wide."
+    from conftest import WORDS
+    from transformers import AutoConfig, AutoModel
+    from sharp_distill.text.deberta import tiny_deberta
+    narrow, wide = (tiny_deberta(tmp_path_factory.mktemp("tiny"), WORDS) for _ in range(2))
+    config = AutoConfig.from_pretrained(wide)
+    config.hidden_size = config.pooler_hidden_size = 48
+    AutoModel.from_config(config).save_pretrained(wide)
+    return narrow, wide
+
+
+ODD_SHOPS = {
+    "one word": lambda u, i, d: "warm", "no letter": lambda u, i, d: "? !", "a letter": lambda u, i, d: "a",
+    "half the users write": lambda u, i, d: "warm loud amp" if int(u[1:]) % 2 else "",
+    "half the items have text": lambda u, i, d: f"warm {'loud' if int(i[1:]) % 3 else 'soft'} amp" if int(i[1:]) % 2 else " \u200b",
+    "another language later": lambda u, i, d: "a warm loud amp" if d < 120 else "un ampli chaud et fort 很好用",
+    "emoji": lambda u, i, d: "🎸" * (1 + int(i[1:]) % 3)}
+
+
+@pytest.mark.parametrize("kind", ODD_SHOPS)
+def test_every_way_answers_whatever_people_wrote(kind, two_widths):
+    from sharp_distill.experiments.carry_over import CarryOverConfig, carry_over
+    from sharp_distill.text.encoders import ReviewConfig
+    cfg = CarryOverConfig(encoders=f"tiny={two_widths[0]}", n_choose=20, reviews=ReviewConfig(max_tokens=8))
+    rows = carry_over(shop(ODD_SHOPS[kind]), kind, cfg.replace(questions="new,unseen" if kind != "a letter" else "rare,unseen"))[0]["rows"]
+    assert {r["way"] for r in rows} >= {"chance", "tfidf", "svd", "bm25", "tiny", "words+tiny"}
+    for r in rows: assert 0 <= r["ndcg"] <= 1 and np.isfinite(r.get("p_holm", 0)) and r["ci95"][0] <= r["ndcg"] <= r["ci95"][1], r
+
+
+def test_vectors_of_another_width_are_never_mixed(two_widths, tmp_path):
+    "A folder whose encoder is replaced by a wider one is read anew, whatever is stored."
+    import shutil
+    from sharp_distill.experiments.asking import Corpus, open_window
+    from sharp_distill.data.split import make_split
+    from sharp_distill.text.encoders import ReviewConfig
+    window, folder, cfg, seen = open_window(make_split(shop(), "temporal"), "valid"), tmp_path / "encoder", ReviewConfig(max_tokens=8), []
+    for source in (*two_widths, two_widths[0]):
+        shutil.rmtree(folder, ignore_errors=True); shutil.copytree(source, folder)
+        seen.append(np.asarray(Corpus(window).vectors(str(folder), cfg, 2)[0]))
+    assert [v.shape[1] for v in seen] == [32, 48, 32] and np.array_equal(seen[0], seen[2])
+
+
+def test_nothing_written_or_chosen_later_moves_an_answer():
+    "At every moment: rows at or after it may be anything."
+    from dataclasses import replace
+    from sharp_distill.data.split import make_split
+    from sharp_distill.experiments.asking import Corpus, ask, open_window
+    from sharp_distill.experiments.carry_over import WAYS, Likeness
+    window = open_window(make_split(shop(), "temporal"), "test")
+    question = ask("new", window)
+    assert len(question.asks) > 3
+    for a in question.asks[1:]:
+        late = window.rows.timestamp >= a.at
+        other = replace(window, rows=replace(window.rows, review=np.where(late, "poison", window.rows.review), rating=np.where(late, 1, window.rows.rating)))
+        for name in ("tfidf", "bm25"):
+            o = dict(half_life=30., sharpness=2., centre=1, k1=1.2, b=.75)
+            one, two = (Likeness(Corpus(w), WAYS[name].make, WAYS[name].fitted_by)(a, o) for w in (window, other))
+            assert np.allclose(one, two, atol=1e-5) and one.any()

@@ -123,7 +123,8 @@ OTHERS = {
     "scalability": TINY | dict(shares="0.5,1", nodes="300"), "reproduce": TINY | dict(models="popularity,student"),
     "speed_report": dict(preset="quick", repeats=3, budget_s=1.0, threads=1, text=False), "leaderboard": {}, "results": {}, "limits": None, "rely": None, "map": None,
     "train_encoder": dict(n_windows=300, steps=30, adapt_steps=3, vocab_size=800),
-    "encoder_report": dict(encoders="none,tfidf", regs="300,600", text_weights="1,3")}
+    "encoder_report": dict(encoders="none,tfidf", regs="300,600", text_weights="1,3"),
+    "carry_over": dict(datasets="sample,sample_fr", encoders="", ways="chance,tfidf", questions="new,rare", n_choose=100)}
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -99,7 +99,7 @@ def find_source(name: str, # What a person writes
     return None
 
 # %% ../../nbs/12_data.sources.ipynb #70473d11
-MADE = ("sample", "sample_cds") # made on the spot, by `data.synthetic`
+MADE = ("sample", "sample_cds", "sample_fr", "sample_de") # made on the spot, by `data.synthetic`
 
 
 def known_names() -> list: # Every name the registry answers to, without a year and `_full`
@@ -302,7 +302,7 @@ def _fetch_whole(url, target: Path, tries, wait_s):
 def unknown_name(name: str) -> str:
     "Word the error about a name that is no data set."
     near = did_you_mean(name, [*local_files(), *known_names()]) or (
-        " Known: sample, sample_cds, yelp, amazon_cds, amazon_beauty, amazon_cellphones, amazon_sports and every "
+        f" Known: {', '.join(MADE)}, yelp, amazon_cds, amazon_beauty, amazon_cellphones, amazon_sports and every "
         "name in datasets(everything=True).")
     return f"{name!r} is not a known data set, a file, or a name in $SHARP_DISTILL_DATA or data/.{near}"
 

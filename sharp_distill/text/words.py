@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORD', 'MIN_DF', 'MAX_DF', 'ReviewTexts', 'train_reviews', 'count_words', 'sum_rows', 'words_to_keep', 'weigh_words',
-           'tfidf_rows', 'item_tfidf', 'text_projection', 'WordEncoder', 'encode_words']
+           'tfidf_rows', 'item_tfidf', 'bm25_rows', 'text_projection', 'WordEncoder', 'encode_words']
 
 # %% ../../nbs/22_text.words.ipynb #3116b3db
 import functools
@@ -93,6 +93,20 @@ def tfidf_rows(split) -> tuple: # user csr float32 [U, V], item csr [I, V], word
 def item_tfidf(split) -> sp.csr_matrix: # float32 [I, V]
     "Compute the unreduced TF-IDF rows of items."
     return tfidf_rows(split)[1]
+
+# %% ../../nbs/22_text.words.ipynb #22b25002
+def bm25_rows(counts, # csr [n, V], how often each word stands in each text
+              known, # csr [I, V], counts of the texts that rarity and mean length are taken from
+              k1: float = 1.2, # Above 0: how slowly a word saturates
+              b: float = .75) -> sp.csr_matrix: # float32 [n, V]; 0 to 1: how much the length counts
+    "Weigh words as BM25 does, the rarity shared between a text and its query."
+    known = known[np.diff(known.indptr) > 0]
+    f, mean_length = known.getnnz(axis=0), max(float(known.sum()) / max(known.shape[0], 1), 1e-12)
+    out, length = sp.csr_matrix(counts, dtype=np.float32, copy=True), np.asarray(counts.sum(1)).ravel()
+    norm = k1 * (1 - b + b * length / mean_length)
+    out.data *= (k1 + 1) / (out.data + np.repeat(norm, np.diff(out.indptr)))
+    rarity = np.sqrt(np.log1p((known.shape[0] - f + .5) / (f + .5)))
+    return sp.csr_matrix(out.multiply(rarity[None].astype(np.float32)), dtype=np.float32)
 
 # %% ../../nbs/22_text.words.ipynb #aae15b05
 def text_projection(items, cfg: ReviewConfig) -> np.ndarray: # csr [I, V] -> float32 [V, n_dims]
