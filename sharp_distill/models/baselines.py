@@ -354,8 +354,7 @@ def pair_loss(model, # forward() -> (user_emb [U, d], item_emb [I, d]); rows(use
 # %% ../../nbs/33_models.baselines.ipynb #8eb1a6b6
 def final_embeddings(model): # -> float32 [U, d], [I, d]
     "Return the embeddings whose dot product is the loss's logit, as arrays."
-    with torch.no_grad(): out = model()
-    if model.cfg.cosine: out = [F.normalize(e, dim=1) for e in out]
+    with torch.no_grad(): out = [F.normalize(e, dim=1) if model.cfg.cosine else e for e in model()]
     return [e.cpu().numpy() for e in (out[0] / model.cfg.temperature, out[1])]
 
 # %% ../../nbs/33_models.baselines.ipynb #a1559780
