@@ -234,7 +234,7 @@ def test_the_books_follow_from_the_searches_and_mark_every_edge(name):
     "No chosen value lies within 2 % of an end of its space unless its row says so, and the page prints what the row says."
     facts, books = (read_json(FOLDER / f"{name}.{kind}.json") for kind in ("tests", "searches"))
     bare = lambda rows: [{k: v for k, v in r.items() if k != "pruned_share"} for r in rows] # the shares came from the logs
-    assert bare(books) == bare(searches_rows(facts)) and {r["model"] for r in books} == {r["model"] for r in read_board(FOLDER, name)}
+    assert bare(books) == bare(searches_rows(facts)) and {r["model"] for r in books} <= {r["model"] for r in read_board(FOLDER, name)}
     for row in books:
         for option, value in row["chosen"].items():
             low, high, *scale = facts["spaces"][row["model"]][option]

@@ -108,10 +108,10 @@ class SimpleXConfig(RankingConfig):
     lr: float = option(.01, "Adam learning rate", lo=0.)
     reg: float = option(1e-5, "L2 weight on the rows of a batch", lo=0.)
     loss: str = option("contrast", "the cosine contrastive loss", choices=("contrast",))
-    n_negatives: int = option(0, "negatives shared by a batch; 0 takes the whole catalogue", lo=0)
+    n_negatives: int = option(512, "negatives shared by a batch; 0 takes the whole catalogue", lo=0)
     cosine: bool = option(True, "score by cosine instead of dot product")
     margin: float = option(.4, "cosine below which a negative costs nothing", lo=-1., hi=1.)
-    neg_weight: float = option(150., "w, weight of the negatives", lo=0.)
+    neg_weight: float = option(10., "w, weight of the negatives", lo=0.)
     own: float = option(.5, "g, share of the free vector in a user", lo=0., hi=1.)
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOG_REG', 'WIDTH', 'GRAPH', 'EVIDENCE', 'RIDGE', 'WORDS', 'IDS', 'TEXT', 'AGED', 'FADING', 'FORMS', 'SPECTRUM',
-           'ADAM', 'STACK', 'STACKED', 'TIMED', 'ORDER', 'ALONE', 'ItemRidgeConfig', 'ItemRidgeNoSessionsConfig',
-           'shared_targets', 'methods_frame', 'GROUPS', 'Fits', 'Method', 'fit_method', 'method', 'methods',
-           'methods_for', 'refit', 'register']
+           'ADAM', 'COSINES', 'RANKED', 'STACK', 'STACKED', 'TIMED', 'ORDER', 'ALONE', 'ItemRidgeConfig',
+           'ItemRidgeNoSessionsConfig', 'shared_targets', 'methods_frame', 'GROUPS', 'Fits', 'Method', 'fit_method',
+           'method', 'methods', 'methods_for', 'refit', 'register']
 
 # %% ../../nbs/39_models.registry.ipynb #84fc8a34
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from .timed import (
     DecayedPopularityConfig, SLISTConfig, TimedEASEConfig, fit_decayed_popularity, fit_slist, fit_timed_ease)
 from .low_rank import (
     EDLAEConfig, ELSAConfig, FISMConfig, SVDConfig, TextEDLAEConfig, TextELSAConfig, TextSVDConfig, UserKNNConfig,
-    fit_edlae, fit_elsa, fit_fism, fit_svd, fit_userknn)
+    LowRankConfig, TextLowRankConfig, fit_edlae, fit_elsa, fit_fism, fit_low_rank, fit_svd, fit_userknn)
 from .neural import (
     MultVAEConfig, SimpleXConfig, XSimGCLConfig, fit_multvae, fit_simplex, fit_xsimgcl)
 from .competitors import (
@@ -108,14 +108,15 @@ def _stacked(fit, name): # A linear model over users, sessions and, where its co
     def run(split, reviews, cfg, fits=None, watch=None):
         forms = dict(full=[False], reduced=[True], both=[False, True])[cfg.text_form] if "text_form" in cfg.names() \
             else []
-        told = dict(watch=watch) if fit is fit_elsa else {}
+        told = dict(watch=watch) if fit in (fit_elsa, fit_low_rank) else {}
         return fit(split, cfg, [fits.text("tfidf", reduced) for reduced in forms], name, **told)
     return run
 
 
 FORMS = dict(text_form=("full", "reduced", "both"))
 SPECTRUM = dict(source=(0, 2, "linear"), target=(0, 2, "linear"), **EVIDENCE)
-ADAM = dict(lr=(.003, .1, "log"), reg=(1, 10_000, "log"), patience=(3, 10), **EVIDENCE)
+ADAM = dict(lr=(.003, .1, "log"), patience=(5, 10), **EVIDENCE)
+COSINES, RANKED = dict(ADAM, reg=(.01, 1000, "log")), dict(ADAM, reg=(10, 50_000, "log"))
 STACK, STACKED = (*IDS, "times"), (*TEXT, "times")
 for m in (
     Method("userknn", "UserKNN", "brown", "^", "baseline", IDS, UserKNNConfig, _plain(fit_userknn), dict(
@@ -130,9 +131,13 @@ for m in (
     Method("svd+tfidf", "SVD + TF-IDF, 128 dimensions", "blue", "v", "baseline", STACKED, TextSVDConfig,
            _stacked(fit_svd, "svd+tfidf"), dict(SPECTRUM, **WORDS, **FORMS)),
     Method("elsa", "ELSA, 128 dimensions", "green", "s", "baseline", STACK, ELSAConfig, _stacked(fit_elsa, "elsa"),
-           ADAM, trained=True),
+           COSINES, trained=True),
     Method("elsa+tfidf", "ELSA + TF-IDF, 128 dimensions", "blue", "8", "baseline", STACKED, TextELSAConfig,
-           _stacked(fit_elsa, "elsa+tfidf"), dict(ADAM, **WORDS, **FORMS), trained=True),
+           _stacked(fit_elsa, "elsa+tfidf"), dict(COSINES, **WORDS, **FORMS), trained=True),
+    Method("low_rank", "low-rank ridge, 128 dimensions", "sky", "8", "baseline", STACK, LowRankConfig,
+           _stacked(fit_low_rank, "low_rank"), RANKED),
+    Method("low_rank+tfidf", "low-rank ridge + TF-IDF, 128 dimensions", "blue", "h", "baseline", STACKED,
+           TextLowRankConfig, _stacked(fit_low_rank, "low_rank+tfidf"), dict(RANKED, **WORDS, **FORMS)),
     Method("fism", "FISM", "green", "h", "baseline", IDS, FISMConfig, _watched(fit_fism), dict(
         lr=(.001, .05, "log"), reg=(1e-5, .05, "log"), alpha=(0, 1, "linear"), patience=(5, 15)), trained=True),
 ): register(m)
