@@ -170,7 +170,7 @@ def pruned_share(ended: list) -> float: # Of `ended_trials`
     whole = np.mean(length("COMPLETE") or [0])
     return float(sum(min(n / whole, 1.) for n in length("PRUNED"))) if whole else 0.
 
-
+# %% ../../nbs/55_experiments.search.ipynb #1195d35e
 def search_row(study, budget: Budget) -> dict:
     "Summarise one model's search, ready for JSON."
     ended = ended_trials(study)

@@ -75,7 +75,7 @@ def method(name: str) -> Method:
         raise UserError(f"{name!r} is no method: expected one of {', '.join(_METHODS)}.{did_you_mean(name, _METHODS)}")
     return _METHODS[name]
 
-
+# %% ../../nbs/39_models.method.ipynb #39bb0007
 def methods(*groups: str) -> list: # Names, in the order of registration
     "List the methods of some groups; of all groups when none is named."
     return [n for n, m in _METHODS.items() if not groups or m.group in groups]

@@ -217,7 +217,7 @@ for m in (
         patience=(5, 15)), trained=True),
     Method("xsimgcl", "XSimGCL", "orange", "D", "competing model", IDS, XSimGCLConfig, _watched(fit_xsimgcl), dict(
         LOG_REG, **WIDTH, n_layers=(1, 3, "int"), loss=("bpr", "softmax"), contrast=(.005, .5, "log"),
-        noise=(.01, .5, "log")), in_time=AGED, trained=True),
+        noise=(.01, .5, "log")), trained=True),
 ): register(m)
 
 # %% ../../nbs/39_models.registry.ipynb #1ec3eb7a
