@@ -148,7 +148,7 @@ DENSER = 16 # how many times faster an entry of a dense matrix is multiplied tha
 class ELSAConfig(LoopConfig, EvidenceConfig):
     "Options of ELSA."
     emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
-    reg: float = option(1., "ridge on the weights, as EASE's", lo=0., hi=1e9)
+    reg: float = option(0., "ridge on the weights, as EASE's", lo=0., hi=1e9)
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def fit_elsa(split, cfg: ELSAConfig = ELSAConfig(), texts=(), name: str = "elsa"
 @dataclass(frozen=True)
 class LowRankConfig(ELSAConfig):
     "Options of the low-rank ridge."
-    lr: float = option(.01, "Adam learning rate", lo=0.)
+    lr: float = option(.1, "Adam learning rate", lo=0.)
     reg: float = option(300., "ridge on the weights, as EASE's", lo=0., hi=1e9)
 
 
@@ -230,10 +230,10 @@ class LowRank(nn.Module):
         self.cfg, self.gram, own = cfg, gram_product(E, device), np.asarray(E.multiply(E).sum(0), np.float32).ravel()
         d = min(cfg.emb_dim, min(E.shape) - 1)
         V = torch.as_tensor(randomized_svd(E, d, n_iter=2, random_state=cfg.seed)[2].T.astype(np.float32).copy())
-        self.message, self.item = (nn.Parameter((V * scale).to(device)) for scale in (1., .5))
+        self.message, self.item = (nn.Parameter((V * len(V) ** .5 * scale).to(device)) for scale in (1., .5))
         self.own, self.total = torch.as_tensor(own, device=device), float(own.sum())
 
-    def forward(self): return self.message, self.item # A, C [I, d]
+    def forward(self): return self.message * len(self.own) ** -.5, self.item * len(self.own) ** -.5 # A, C [I, d]
     def loss(self): # As a share of |E|^2, without what is constant
         A, C = self()
         GA, S, diagonal = self.gram(A), C.T @ C, (A * C).sum(1)
