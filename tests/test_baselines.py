@@ -17,6 +17,8 @@ from sharp_distill.data.interactions import from_frame, make_sample
 from sharp_distill.data.split import Split, make_split
 from sharp_distill.models import baselines as b
 from sharp_distill.models import item_filter as f
+from sharp_distill.models import low_rank as lr
+from sharp_distill.models import neural
 from sharp_distill.models import timed as t
 from sharp_distill.models.hypergraphs import random_interactions
 from sharp_distill.text import words as words_module
@@ -24,7 +26,8 @@ from sharp_distill.text.encoders import ReviewConfig
 from sharp_distill.text.reviews import encode_reviews
 from sharp_distill.text.words import item_tfidf
 
-CLOSED = dict(itemknn=b.fit_itemknn, rp3beta=b.fit_rp3beta, gfcf=b.fit_gfcf, ease=b.fit_ease, slim=b.fit_slim)
+CLOSED = dict(itemknn=b.fit_itemknn, rp3beta=b.fit_rp3beta, gfcf=b.fit_gfcf, ease=b.fit_ease, slim=b.fit_slim,
+              userknn=lr.fit_userknn, edlae=lr.fit_edlae, svd=lambda s: lr.fit_svd(s, lr.SVDConfig(emb_dim=32)))
 USERS = np.arange(40)
 
 
@@ -119,7 +122,11 @@ def test_closed_forms_beat_popularity_and_read_train_only(split, popular, name):
 def test_every_scorer_carries_its_config(split):
     pairs = [(b.fit_popularity, b.PopularityConfig()), (b.fit_itemknn, b.ItemKNNConfig(7, 3.)),
              (b.fit_gfcf, b.GFCFConfig(9)), (b.fit_rp3beta, b.RP3betaConfig(11)), (b.fit_ease, b.EASEConfig(77.)),
-             (b.fit_lightgcn, b.LightGCNConfig(epochs=0, emb_dim=4)), (b.fit_bprmf, b.BPRMFConfig(epochs=0, emb_dim=4))]
+             (b.fit_lightgcn, b.LightGCNConfig(epochs=0, emb_dim=4)), (b.fit_bprmf, b.BPRMFConfig(epochs=0, emb_dim=4)),
+             (lr.fit_userknn, lr.UserKNNConfig(7, 3.)), (lr.fit_edlae, lr.EDLAEConfig(reg=77., dropout=.2)),
+             (lr.fit_svd, lr.SVDConfig(emb_dim=9, source=1.)), (lr.fit_elsa, lr.ELSAConfig(epochs=0, emb_dim=4)),
+             (lr.fit_low_rank, lr.LowRankConfig(epochs=0, emb_dim=4)), (lr.fit_fism, lr.FISMConfig(epochs=0, emb_dim=4)), (neural.fit_multvae, neural.MultVAEConfig(epochs=0, hidden=4)),
+             (neural.fit_simplex, neural.SimpleXConfig(epochs=0, emb_dim=4)), (neural.fit_xsimgcl, neural.XSimGCLConfig(epochs=0, emb_dim=4))]
     for fit, cfg in pairs:
         scorer = fit(split, cfg)
         assert type(cfg).from_dict(scorer.config) == cfg and scorer.name in fit.__name__
@@ -453,3 +460,87 @@ def test_timed_baselines_refuse_data_without_times(by_time):
     assert "half_life=30 needs times" in refused(t.fit_timed_ease, split, None, t.TimedEASEConfig(30., 0., 0.))
     assert "order of events needs times" in refused(t.fit_slist, split, None, t.SLISTConfig(**OFF))
     assert t.fit_timed_ease(split, None, t.TimedEASEConfig(**OFF))(USERS[:2]).shape == (2, split.n_items)
+
+
+# The linear models of low rank and the neural ones
+
+def test_userknn_is_the_textbook_formula(split):
+    "scikit-learn's nearest neighbours by cosine distance, and a sum over them."
+    from sklearn.neighbors import NearestNeighbors
+    R, k = split.train.to_csr(), 20
+    far, who = NearestNeighbors(n_neighbors=k + 5, metric="cosine", algorithm="brute").fit(R).kneighbors(R[USERS])
+    ours = lr.fit_userknn(split, lr.UserKNNConfig(k, 0., 0.))(USERS)
+    for row, (u, at, d) in enumerate(zip(USERS, who, far)):
+        at, d = at[at != u], d[at != u]
+        if np.isclose(d[k - 1], d[k]): continue # a tie decides who is asked
+        assert np.allclose(ours[row], ((1 - d[:k]) @ R[at[:k]]).ravel(), atol=1e-5)
+
+
+def test_edlae_is_the_dense_inverse(split):
+    R = split.train.to_csr()
+    G = (R.T @ R).toarray().astype(float)
+    P = np.linalg.inv(G + np.diag(50 + .4 / .6 * np.diag(G))) # Steck 2020, equation 10
+    exact = np.eye(len(G)) - P / np.diag(P)
+    np.fill_diagonal(exact, 0)
+    assert np.allclose(lr.fit_edlae(split, lr.EDLAEConfig(reg=50., dropout=.4))(USERS), R[USERS] @ exact, atol=1e-4)
+
+
+def test_svd_is_scikit_learns(split):
+    from sklearn.decomposition import TruncatedSVD
+    R = split.train.to_csr().astype(float)
+    V = TruncatedSVD(16, algorithm="arpack", random_state=0).fit(R).components_.T
+    ours = lr.fit_svd(split, lr.SVDConfig(emb_dim=16, source=0., target=0.)).item_emb
+    held = lambda W: ((R @ W) ** 2).sum() # what the directions hold of the rows
+    assert np.allclose(ours.T @ ours, np.eye(16), atol=1e-5) and .995 < held(ours) / held(V) < 1 + 1e-6
+
+
+def test_elsa_ends_where_a_quasi_newton_method_ends(split):
+    "SciPy's L-BFGS on the formula, written over dense matrices, finds no better place from the same start."
+    from scipy.optimize import minimize
+    few = make_split(make_sample(seed=3, n_users=60, n_items=20), seed=0)
+    n, cfg = few.n_items, lr.ELSAConfig(emb_dim=3, reg=5., lr=.03, epochs=60)
+    R = few.train.to_csr().toarray().astype(float)
+    def error(flat):
+        A = flat.reshape(n, 3); A = A / np.linalg.norm(A, axis=1, keepdims=True)
+        B = A @ A.T - np.eye(n)
+        return ((R - R @ B) ** 2).sum() + 5 * (B ** 2).sum()
+    start = lr.ELSA(few.train.to_csr(), cfg).item.detach().numpy().astype(float).ravel()
+    none = few.valid.take(np.zeros(len(few.valid), bool))
+    ours = error(lr.fit_elsa(replace(few, valid=none), cfg).item_emb.astype(float).ravel())
+    theirs = minimize(error, start, method="L-BFGS-B", options=dict(maxiter=60, maxfun=10**5)).fun
+    assert error(start) > 1.2 * theirs and ours < 1.02 * theirs
+
+
+def test_large_catalogues_get_no_table_of_items_by_items(monkeypatch):
+    "What would make a dense matrix of items refuses; a catalogue that is large beside its rows is fitted without one."
+    R = random_interactions(300, 2000, 5000).tocoo()
+    rows = from_frame(pd.DataFrame(dict(user_id=[f"{u:03d}" for u in R.row], item_id=[f"{i:05d}" for i in R.col])))
+    big = make_split(rows, seed=0)
+    for module in (f, lr): monkeypatch.setattr(module, "MAX_ITEMS", 1000)
+    words = sp.random(big.n_items, 50, .01, "csr", np.float32, rng=np.random.default_rng(0))
+    found = [lr.fit_userknn(big), lr.fit_svd(big, lr.TextSVDConfig(emb_dim=8), [words]),
+             lr.fit_elsa(big, lr.TextELSAConfig(emb_dim=8, epochs=1), [words]), lr.fit_low_rank(big, lr.TextLowRankConfig(emb_dim=8, epochs=1), [words]),
+             lr.fit_fism(big, lr.FISMConfig(emb_dim=8, epochs=1)),
+             neural.fit_multvae(big, neural.MultVAEConfig(hidden=8, emb_dim=4, epochs=1)),
+             neural.fit_simplex(big, neural.SimpleXConfig(emb_dim=8, epochs=1))]
+    assert big.n_items > 1000 and all(s(USERS).shape == (40, big.n_items) and s.n_bytes < 4 * big.n_items**2 / 2 for s in found)
+    with pytest.raises(UserError, match="local form"): lr.fit_edlae(big)
+
+
+TRAINED = dict(elsa=lambda s, **kw: lr.fit_elsa(s, lr.ELSAConfig(emb_dim=32, epochs=30, **kw)),
+               low_rank=lambda s, **kw: lr.fit_low_rank(s, lr.LowRankConfig(emb_dim=32, epochs=15, **kw)),
+               fism=lambda s, **kw: lr.fit_fism(s, lr.FISMConfig(emb_dim=16, epochs=15, **kw)),
+               multvae=lambda s, **kw: neural.fit_multvae(s, neural.MultVAEConfig(hidden=64, emb_dim=16, batch_size=64, epochs=30, **kw)),
+               simplex=lambda s, **kw: neural.fit_simplex(s, neural.SimpleXConfig(emb_dim=16, epochs=15, neg_weight=30., **kw)),
+               xsimgcl=lambda s, **kw: neural.fit_xsimgcl(s, neural.XSimGCLConfig(emb_dim=16, epochs=15, **kw)))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_models_beat_popularity_stop_on_validation_and_read_no_test_row(split, popular, name):
+    scorer, empty = TRAINED[name](split), split.test.take(np.zeros(len(split.test), bool))
+    assert evaluate(scorer, split).mean("NDCG@10") > (1.05 if name == "elsa" else 1.15) * popular # ELSA is weak on few rows
+    assert scorer.chosen["epochs"] == scorer.history.best_epoch + 1 and scorer.n_params > 0 and scorer.n_bytes > 0
+    assert np.array_equal(scorer(USERS), TRAINED[name](replace(split, test=empty))(USERS)), "the same seed, the same model"
+    if name != "low_rank": assert not np.array_equal(scorer(USERS), TRAINED[name](split, seed=1)(USERS))
+    alone = TRAINED[name](replace(split, valid=empty), patience=1) # a fit on all that is known: to its end
+    assert len(alone.history.rows) in (15, 30)

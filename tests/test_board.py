@@ -3,6 +3,7 @@ import json
 import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import pytest
 from conftest import ROOT, execute
 
 from sharp_distill.core import UserError, read_json
+from sharp_distill.data.evaluation import EvalResult
 from sharp_distill.experiments import board
 from sharp_distill.experiments.board import (
-    BoardConfig, acceptance_criteria, best_of, board_tests, made_of, missing_seeds, read_board, read_users, run_board, search_frame, users_frame)
+    BoardConfig, acceptance_criteria, best_of, board_tests, made_of, missing_seeds, read_board, read_users, run_board, seed_values, users_frame)
 from sharp_distill.experiments.rows import board_frame, fit_row, metric_frame, stratum_frame, temporal_frame
 from sharp_distill.experiments.search import Budget, _scale, first_setting
+from sharp_distill.experiments.searches import marked, search_frame, searches_rows
 from sharp_distill.models.registry import method, methods
 
 FOLDER = ROOT / "outputs/leaderboard"
@@ -218,11 +221,51 @@ def test_committed_tests_follow_from_the_committed_users(name):
     shas = {f"split {w['cut']}": w["sha"] for w in facts["split"].get("windows", [])} or {"split": facts["split"]["sha"]}
     assert {k: str(found[k]) for k in shas} == shas and {"teacher", "student"} <= set(users)
     for against, stored in (("student", facts["tests"]), ("teacher", facts["teacher_tests"])):
-        again = {t["model"]: t for t in board_tests(users, rows, against)}
+        over = seed_values(FOLDER, name, rows) if "tested_over" in facts else None # an older one: users alone, seeds averaged
+        again = {t["model"]: t for t in board_tests(users, rows, against, seeds=over)}
         assert again and {t["model"] for t in stored} == {r["model"] for r in rows} - {against}
         for t in stored:
             assert t["p"] <= t["p_holm"] <= 1
             if t["model"] in again: assert np.allclose([t["diff"], t["p"]], [again[t["model"]]["diff"], again[t["model"]]["p"]], rtol=1e-4), t["model"]
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_books_follow_from_the_searches_and_mark_every_edge(name):
+    "No chosen value lies within 2 % of an end of its space unless its row says so, and the page prints what the row says."
+    facts, books = (read_json(FOLDER / f"{name}.{kind}.json") for kind in ("tests", "searches"))
+    bare = lambda rows: [{k: v for k, v in r.items() if k != "pruned_share"} for r in rows] # the shares came from the logs
+    assert bare(books) == bare(searches_rows(facts)) and {r["model"] for r in books} <= {r["model"] for r in read_board(FOLDER, name)}
+    for row in books:
+        for option, value in row["chosen"].items():
+            low, high, *scale = facts["spaces"][row["model"]][option]
+            if scale not in (["linear"], ["log"], ["int"]): continue # a choice has no ends
+            of = (lambda x: np.log(x)) if scale == ["log"] and low > 0 else (lambda x: x)
+            along = (of(value) - of(low)) / (of(high) - of(low))
+            near = min(along, 1 - along) <= .02
+            assert near == (option in row["at_edge"]) and (option in marked(row)) >= near, (row["model"], option, value)
+        assert ("capped" in marked(row)) == row["capped"] and row["completed"] + row["pruned"] + row["failed"] >= 1
+    page = (ROOT / "nbs/leaderboard.ipynb").read_text()
+    assert "marked(r) for r in book" in page and "searches_rows(facts)" in page
+
+
+def test_a_test_over_seeds_sees_their_luck(tmp_path):
+    "Two models whose users agree but whose seeds do not: sure over users alone, open over both; Holm counts all comparisons."
+    gen = np.random.default_rng(0)
+    base = gen.random(200)
+    lucky = {m: base + np.array(shift)[:, None] + .02 * gen.standard_normal((3, 200)) for m, shift in
+             (("student", (.1, -.05, .02)), ("ease", (.0, -.1, .05)), ("slim", (-.3, -.32, -.31)))}
+    rows = []
+    for m, values in lucky.items():
+        for seed, v in enumerate(values):
+            split = types.SimpleNamespace(sha="abc", protocol="random", cuts=1, cut=0)
+            row = dict(model=m, seed=seed, metrics={"NDCG@10": float(v.mean())})
+            rows = board.put_row(tmp_path, "shop", split, row, EvalResult(np.arange(200), np.zeros((200, 0), int), {"NDCG@10": v}, "test", "abc"))
+    users, seeds = users_frame(tmp_path, "shop", rows), seed_values(tmp_path, "shop", rows)
+    assert all(np.allclose(seeds[m], lucky[m], atol=1e-6) for m in lucky)
+    alone, both = ({t["model"]: t for t in board_tests(users, rows, seeds=s)} for s in (None, seeds))
+    assert alone["ease"]["p"] < 1e-3 and both["ease"]["p"] > .1 and both["slim"]["p_holm"] < 1e-3
+    assert both["ease"]["ci95_percent"][0] < 0 < both["ease"]["percent"] and both["ease"]["diff"] == alone["ease"]["diff"]
+    assert np.isclose(both["slim"]["p_holm"], 2 * both["slim"]["p"]) and both["ease"]["p_holm"] >= both["ease"]["p"]
 
 
 def test_there_are_committed_leaderboards(): assert len(COMMITTED) >= 3 and Path(board.__file__).exists()

@@ -168,8 +168,8 @@ def test_one_more_value_joins_the_curve_and_stays(finished, own, tmp_path, split
         def __getattr__(self, name): raise AssertionError(f"test.{name} was read")
     out, at = (finished[0] / "outputs", finished[2]) if split == "random" else (own[0] / "outputs", own[1])
     run = tmp_path / at.parent.name / at.name
-    shutil.copytree(at, run); shutil.copy(out / "ledger.csv", tmp_path)
-    ledger = (tmp_path / "ledger.csv").read_text()
+    shutil.copytree(at, run); (tmp_path / "leaderboard").mkdir(); shutil.copy(out / "leaderboard/ledger.json", tmp_path / "leaderboard")
+    ledger = (tmp_path / "leaderboard/ledger.json").read_text()
     app = e.explore(tmp_path, "popularity")
     app.start()
     split = app.ex.fits.split
@@ -184,7 +184,7 @@ def test_one_more_value_joins_the_curve_and_stays(finished, own, tmp_path, split
     option.value, value.value = "emb_dim", "many"
     go.click()
     assert "whole numbers" in said.value and not go.disabled
-    assert (tmp_path / "ledger.csv").read_text() == ledger
+    assert (tmp_path / "leaderboard/ledger.json").read_text() == ledger
     again = e.explore(tmp_path, "popularity")
     again.start()
     assert again.children[2].children[3].children[0].children[2].value == numbers.value

@@ -6,6 +6,7 @@
 __all__ = ['COLUMNS', 'ledger_path', 'read_ledger', 'note_reading', 'count_readings']
 
 # %% ../../nbs/51_experiments.ledger.ipynb #51ed0003
+import json
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -22,16 +23,16 @@ COLUMNS = ["when", "dataset", "data_sha", "split_sha", "protocol", "cut", "recor
 def ledger_path(folder) -> Path: # `folder`: of outputs, or of the leaderboards within
     "Name the ledger of an output folder."
     folder = Path(folder)
-    return (folder.parent if folder.name == "leaderboard" else folder) / "ledger.csv"
+    return (folder if folder.name == "leaderboard" else folder / "leaderboard") / "ledger.json"
 
 
 def read_ledger(folder) -> pd.DataFrame: # One row a reading; none where there is no ledger yet
     "Read the ledger of an output folder."
     path, numbers = ledger_path(folder), dict(cut=int, models=int)
     if not path.exists(): return pd.DataFrame(columns=COLUMNS).astype(numbers)
-    try: return pd.read_csv(path, dtype=str, keep_default_na=False)[COLUMNS].astype(numbers)
+    try: return pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))[COLUMNS].astype(numbers)
     except (ValueError, KeyError) as e:
-        raise UserError(f"{path} is no ledger ({str(e).splitlines()[0][:80]}): expected the columns "
+        raise UserError(f"{path} is no ledger ({str(e).splitlines()[0][:80]}): expected a list of rows with "
                         f"{', '.join(COLUMNS)}; restore it from git.") from None
 
 # %% ../../nbs/51_experiments.ledger.ipynb #51ed0008
@@ -43,8 +44,8 @@ def note_reading(folder, split: Split, dataset: str, record: str, models: int, w
     row = dict(when=datetime.now(timezone.utc).date().isoformat(), dataset=dataset, data_sha=data_sha,
                split_sha=split.sha, protocol=split.protocol, cut=split.cut, record=record, models=models, why=why)
     with FileLock(path.with_name(".ledger.lock")):
-        rows = pd.concat([read_ledger(folder), pd.DataFrame([row])])
-        with whole_file(path) as tmp: rows.to_csv(tmp, index=False, lineterminator="\n")
+        lines = ",\n".join(map(json.dumps, [*read_ledger(folder).to_dict("records"), row]))
+        with whole_file(path) as tmp: tmp.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     return path
 
 # %% ../../nbs/51_experiments.ledger.ipynb #51ed000b

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Budget', 'suggest', 'first_setting', 'first_settings', 'searched', 'study_path', 'study_lock', 'open_study',
-           'ended_trials', 'spent_s', 'wants_more', 'tune', 'chosen', 'search_row']
+           'ended_trials', 'spent_s', 'wants_more', 'tune', 'chosen', 'pruned_share', 'search_row']
 
 # %% ../../nbs/55_experiments.search.ipynb #604c8f9a
 import os
@@ -164,12 +164,19 @@ def chosen(study, m: Method) -> dict: # Option -> value
     return {o: best[o] for o in m.space}
 
 
+def pruned_share(ended: list) -> float: # Of `ended_trials`
+    "Return how many whole trials the pruned ones amount to, by their validations."
+    length = lambda state: [len(t.intermediate_values) for t in ended if t.state.name == state]
+    whole = np.mean(length("COMPLETE") or [0])
+    return float(sum(min(n / whole, 1.) for n in length("PRUNED"))) if whole else 0.
+
+# %% ../../nbs/55_experiments.search.ipynb #1195d35e
 def search_row(study, budget: Budget) -> dict:
     "Summarise one model's search, ready for JSON."
     ended = ended_trials(study)
     states, done = [t.state.name for t in ended], [t for t in ended if t.state.name == "COMPLETE"]
     best = max(done, key=lambda t: t.value)
     return dict(n_trials=len(states), n_pruned=states.count("PRUNED"), n_failed=states.count("FAIL"),
-                seconds=spent_s(study),
+                pruned_share=pruned_share(ended), seconds=spent_s(study),
                 default_valid=done[0].value, best_valid=best.value, best=best.params, budget=budget.to_dict(),
                 valid=[t.value if t.state.name == "COMPLETE" else None for t in ended])
