@@ -20,6 +20,7 @@ from ..data.evaluation import Scorer
 from ..data.protocol import check_times, refit_split
 from ..data.split import Split
 from ..text.encoders import ReviewConfig
+from ..text.learned_words import text_forms
 from ..text.reviews import ReviewEmbeddings, encode_reviews
 from .item_filter import MAX_ITEMS, item_text
 from sharp_distill.models.baselines import (
@@ -148,7 +149,7 @@ class Fits:
 
     def text(self, encoder: str, reduced: bool = False): # -> [I, V], dense or sparse
         "Return the items' text rows of an encoder; of TF-IDF the unreduced ones, unless `reduced`."
-        own = encoder == self.reviews.encoder or encoder == "tfidf" and not reduced
+        own = encoder in (self.reviews.encoder, "learned") or encoder == "tfidf" and not reduced
         reviews = lambda: self.reviews if own else encode_reviews(self.split, encoder)
         make = lambda: reviews().item if reduced else item_text(self.split, encoder, reviews())
         return self.keep(("text", encoder, reduced), make)
@@ -195,9 +196,8 @@ def _watched(fit): # Reads the split, can be pruned
 
 
 def _with_text(encoder): # EASE with the text rows of one encoder, in the form that its config asks for
-    forms = lambda cfg: dict(full=[False], reduced=[True], both=[False, True])[getattr(cfg, "text_form", "full")]
     return lambda split, reviews, cfg, fits=None, watch=None: fit_text_ease(
-        split, [fits.text(encoder, reduced) for reduced in forms(cfg)], cfg)
+        split, [fits.text(*form) for form in text_forms(encoder, getattr(cfg, "text_form", "full"))], cfg)
 
 
 def _local_with_text(split, reviews, cfg, fits=None, watch=None): # The local EASE with TF-IDF
