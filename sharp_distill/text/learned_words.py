@@ -168,25 +168,23 @@ def hidden_loss(S, X, Y, # float32 [B, I] scores, inputs, targets
     return (unit(mean * ((X == 0) & asked)) - unit(Y)).square().sum(1).mean()
 
 # %% ../../nbs/25_text.learned_words.ipynb #25b10025
-MOST_ASKED = 2000 # users of a look
+MOST_ASKED = 2000 # users of a look, over all folds
 
 
 def held_ndcg(rows: WordRows, task: WordTask, state: dict) -> float:
-    "Return NDCG@10 of the held items of fold 0, ranked among themselves by words."
-    X, Y, users = task.ask(0, held=True)
-    some, device = np.sort(rng(task.cfg.seed, "asked").permutation(users)[:MOST_ASKED]), rows.count.device
-    if not len(some): return float("nan")
-    values, held = rows.values(state["a"], state.get("head"), task.read(0, device)), np.flatnonzero(task.held)
-    found, k = [], min(10, len(held))
-    for at in range(0, len(some), task.cfg.batch_users):
-        u = some[at:at + task.cfg.batch_users]
-        S = word_scores(rows, values, torch.as_tensor(X[u].toarray(), device=device))[:, held].cpu().numpy()
-        truth = Y[u][:, held].toarray()
-        best = np.argsort(-S, 1, kind="stable")[:, :k]
-        gain = 1 / np.log2(np.arange(k) + 2)
-        ideal = np.cumsum(gain)[np.minimum(truth.sum(1), k).astype(int) - 1]
+    "Return NDCG@10 of the hidden rows of held items, ranked among themselves by words."
+    cfg, device, held, found = task.cfg, rows.count.device, np.flatnonzero(task.held), []
+    gain = 1 / np.log2(np.arange(min(10, len(held))) + 2)
+    for fold in range(cfg.folds):
+        X, Y, users = task.ask(fold, held=True)
+        some = np.sort(rng(cfg.seed, "asked", str(fold)).permutation(users)[:max(MOST_ASKED // cfg.folds, 1)])
+        if not len(some): continue
+        values = rows.values(state["a"], state.get("head"), task.read(fold, device))
+        S = word_scores(rows, values, torch.as_tensor(X[some].toarray(), device=device))[:, held].cpu().numpy()
+        truth, best = Y[some][:, held].toarray(), np.argsort(-S, 1, kind="stable")[:, :len(gain)]
+        ideal = np.cumsum(gain)[np.minimum(truth.sum(1), len(gain)).astype(int) - 1]
         found.append((np.take_along_axis(truth, best, 1) * gain).sum(1) / ideal)
-    return float(np.concatenate(found).mean())
+    return float(np.concatenate(found).mean()) if found else float("nan")
 
 # %% ../../nbs/25_text.learned_words.ipynb #25b10026
 def learn_step(rows: WordRows, task: WordTask, state: dict, fold: int, X, Y): # csr [B, I] each -> scalar
