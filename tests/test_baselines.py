@@ -111,6 +111,16 @@ def test_what_a_search_may_read_is_said():
         assert (flat["edge_power"], flat["session_weight"], flat.get("text_form", "full")) == (0, 0, "full") and "session_weight" in method(name).space
 
 
+def test_ease_takes_learned_words_alone_or_beside_tfidf():
+    from sharp_distill.models.registry import Fits, fit_method
+    split = make_split(make_sample(n_users=120, n_items=60), seed=0)
+    fits = Fits(split, encode_reviews(split, "tfidf"))
+    of = {f: fit_method("ease+tfidf", split, fits.reviews, b.TFIDFEASEConfig(text_form=f), fits)(np.arange(9)) for f in ("full", "learned", "joined")}
+    assert not np.allclose(of["full"], of["learned"]) and not np.allclose(of["full"], of["joined"])
+    by_hand = b.fit_text_ease(split, [item_tfidf(split), fits.text("learned")], b.TFIDFEASEConfig(text_form="joined"))(np.arange(9))
+    assert np.allclose(of["joined"], by_hand, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", CLOSED)
 def test_closed_forms_beat_popularity_and_read_train_only(split, popular, name):
     scorer, empty = CLOSED[name](split), split.train.take(np.zeros(len(split.train), bool))

@@ -11,8 +11,9 @@ import pytest
 from conftest import written_split
 
 from sharp_distill.text.kernels import sharpen, text_kernel
+from sharp_distill.text.learned_words import LearnedWordsConfig, WordRows, WordTask, learn_step, learn_words, learned_words
 from sharp_distill.text.vector_cache import cached_vectors, read_vectors, write_vectors
-from sharp_distill.text.words import item_tfidf
+from sharp_distill.text.words import count_words, item_tfidf, train_reviews
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +42,51 @@ def test_permuting_items_permutes_rows():
     assert np.allclose(item_tfidf(split).toarray()[order], before) and before.any()
 
 
-@pytest.mark.parametrize("encoder", ["tfidf_full", "tfidf"])
+@pytest.mark.parametrize("encoder", ["tfidf_full", "learned", "tfidf"])
 def test_items_without_text_are_like_nothing(encoder):
     K = text_kernel(written_split(), encoder)
     S = sharpen(K, 2.)
     assert not K[58:].any() and not S[58:].any() and (S[:58, :58] > 0).sum() > (K[:58, :58] > 0).sum() - 1
     assert np.isfinite(S).all() and np.isclose(K.diagonal()[:58].mean(), 1, atol=.05)
+
+
+def test_learned_words_start_as_tfidf_and_stay_finite():
+    "Items without text, or with none once a fold is hidden, must not spoil the gradient: the root of 0 has none."
+    split = written_split()
+    idx = split.train.item_idx
+    idx[np.setdiff1d(np.flatnonzero(idx < 10), np.unique(idx, return_index=True)[1])] = 20 # ten items have one review each
+    tfidf, start = item_tfidf(split), learned_words(split, LearnedWordsConfig(steps=0))
+    assert start.shape == tfidf.shape and abs(start - tfidf).max() < 1e-6
+    found, rows = learn_words(split, LearnedWordsConfig(steps=4, every=2, l2=.1, flops=.1))
+    assert len(found.log) == 3 and np.isfinite(found.log.loss[:2]).all() and np.isfinite(found.log.held).all()
+    own = np.asarray(rows.multiply(rows).sum(1)).ravel()
+    assert not own[58:].any() and np.allclose(own[own > 0], 1, atol=1e-5) and np.array_equal(own > 0, tfidf.getnnz(1) > 0)
+
+
+def test_a_users_own_review_neither_helps_nor_hurts():
+    "While a fold is hidden its reviews are as good as unwritten: the loss is the same whatever they say."
+    import torch
+    split, cfg = written_split(), LearnedWordsConfig()
+    task, losses = WordTask(split.train, texts := train_reviews(split), cfg), []
+    hidden = task.review_fold == 0
+    for said in (texts.text, ["amp loud pick warm" if h else t for t, h in zip(texts.text, hidden)]):
+        counts, words = count_words(type(texts)(said, texts.user_idx, texts.item_idx, texts.n_users, texts.n_items))
+        rows = WordRows(counts, texts.item_idx, 60, np.ones(len(words)))
+        X, Y, users = task.ask(0)
+        state = dict(a=torch.linspace(-1, 1, len(words)), scale=torch.tensor(2.))
+        losses.append(float(learn_step(rows, task, state, 0, X[users], Y[users])))
+        whole = rows.to_csr(rows.values(state["a"]))
+    assert hidden.sum() > 20 and np.isclose(*losses, atol=1e-5) and np.isfinite(losses).all()
+    assert abs(whole - rows.to_csr(rows.values(state["a"], read=torch.as_tensor(~hidden)))).max() > .01 # it is left out
+
+
+def test_learned_words_read_the_train_part_alone():
+    from sharp_distill.data.interactions import make_sample
+    from sharp_distill.data.split import make_split
+    split = make_split(make_sample(n_users=80, n_items=50), seed=0)
+    before = learned_words(split, cfg := LearnedWordsConfig(steps=4))
+    for part in (split.valid, split.test): part.review[:] = "zebra amp"
+    assert abs(learned_words(split, cfg) - before).max() == 0
 
 
 def test_any_flipped_byte_is_noticed(tmp_path):

@@ -150,8 +150,8 @@ class TextEASEConfig(EASEConfig):
 @dataclass(frozen=True)
 class TFIDFEASEConfig(TextEASEConfig):
     "Options of EASE with TF-IDF."
-    text_form: str = option("full", "TF-IDF rows of items: as they are, reduced as networks read them, or half of each",
-                            choices=("full", "reduced", "both"))
+    text_form: str = option("full", "TF-IDF rows of items, as they are, reduced, or half of each; or learned, or half",
+                            choices=("full", "reduced", "both", "learned", "joined"))
 
 # %% ../../nbs/33_models.baselines.ipynb #8dc38147
 def fit_ease(split, cfg: EASEConfig = EASEConfig()) -> Scorer:

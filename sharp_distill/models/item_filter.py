@@ -22,7 +22,7 @@ from ..device import (
     enough_memory, filter_scorer, filter_scores as filter_scores, holds, keep, on_device, refuse_singular,
     solve_on_device, strongest_rows)
 from ..text.likeness import ROWS, WHOLE, TextLikeness, dense_product, near_order, take_blocks, text_likeness
-from ..text.words import item_tfidf
+from ..text.learned_words import WORD_ROWS
 from .training import valid_ndcg
 
 # %% ../../nbs/32_models.item_filter.ipynb #48b8353e
@@ -104,12 +104,13 @@ def solve_ridge(gram: np.ndarray, # float32 [I, I], symmetric
 
 # %% ../../nbs/32_models.item_filter.ipynb #b7fd619e
 def item_text(split, # Split
-              encoder: str, # Name of the text encoder
-              reviews): # ReviewEmbeddings of the split; for `tfidf` it may be None
-    "Return the items' text rows [I, V]: unreduced TF-IDF for `tfidf`, else the encoder's own vectors."
-    if encoder != "tfidf": return np.asarray(reviews.item, np.float32)
-    counted = reviews is not None and reviews.item_words is not None and reviews.split_sha == split.sha
-    return reviews.item_words if counted else item_tfidf(split)
+              encoder: str, # Name of the text encoder, or of word rows
+              reviews): # ReviewEmbeddings of the split; for words it may be None
+    "Return the items' text rows [I, V]: unreduced words for `tfidf` and `learned`, else the encoder's own vectors."
+    words = WORD_ROWS.get("tfidf_full" if encoder == "tfidf" else encoder)
+    if words is None: return np.asarray(reviews.item, np.float32)
+    counted = encoder == "tfidf" and reviews is not None and reviews.item_words is not None
+    return reviews.item_words if counted and reviews.split_sha == split.sha else words(split)
 
 # %% ../../nbs/32_models.item_filter.ipynb #563c2fc1
 def sparse_gram(R: sp.csr_matrix, # [E, I] hyperedges over items, such as users

@@ -127,7 +127,7 @@ class Fits:
 
     def text(self, encoder: str, reduced: bool = False): # -> [I, V], dense or sparse
         "Return the items' text rows of an encoder; of TF-IDF the unreduced ones, unless `reduced`."
-        own = encoder == self.reviews.encoder or encoder == "tfidf" and not reduced
+        own = encoder in (self.reviews.encoder, "learned") or encoder == "tfidf" and not reduced
         reviews = lambda: self.reviews if own else encode_reviews(self.split, encoder)
         make = lambda: reviews().item if reduced else item_text(self.split, encoder, reviews())
         return self.keep(("text", encoder, reduced), make)

@@ -17,6 +17,7 @@ from ..core import Config, option
 from ..plots.style import register_style
 from .method import (
     _METHODS, GROUPS, Fits, Method, fit_method, method, methods, methods_for, refit, register) # noqa: F401
+from ..text.learned_words import text_forms
 from .item_filter import MAX_ITEMS
 from sharp_distill.models.baselines import (
     BPRMFConfig, EASEConfig, GFCFConfig, IALSConfig, ItemKNNConfig, LightGCNConfig, PopularityConfig, RP3betaConfig,
@@ -54,9 +55,8 @@ def _watched(fit): # Reads the split, can be pruned
 
 
 def _with_text(encoder): # EASE with the text rows of one encoder, in the form that its config asks for
-    forms = lambda cfg: dict(full=[False], reduced=[True], both=[False, True])[getattr(cfg, "text_form", "full")]
     return lambda split, reviews, cfg, fits=None, watch=None: fit_text_ease(
-        split, [fits.text(encoder, reduced) for reduced in forms(cfg)], cfg)
+        split, [fits.text(*form) for form in text_forms(encoder, getattr(cfg, "text_form", "full"))], cfg)
 
 
 def _local_with_text(split, reviews, cfg, fits=None, watch=None): # The local EASE with TF-IDF

@@ -16,14 +16,14 @@ import pandas as pd
 from ..core import Config, coordinate_search, numbers, option, part
 from .encoder_adapting import AdaptConfig
 from .encoders import ReviewConfig
+from .learned_words import WORD_ROWS
 from .reviews import encode_reviews
-from .words import item_tfidf
 
 # %% ../../nbs/26_text.kernels.ipynb #b7e10a05
-def text_kernel(split, encoder: str, # A name for `encode_reviews`, or "tfidf_full": TF-IDF before the SVD
+def text_kernel(split, encoder: str, # A name for `encode_reviews`, or one of `WORD_ROWS`
                 cfg: ReviewConfig = ReviewConfig()) -> np.ndarray: # float32 [I, I], mean diagonal 1
     "Compute how alike the train texts of every two items are."
-    T = item_tfidf(split) if encoder == "tfidf_full" else encode_reviews(split, encoder, cfg).item
+    T = WORD_ROWS[encoder](split) if encoder in WORD_ROWS else encode_reviews(split, encoder, cfg).item
     K = T @ T.T
     K = np.asarray(K.toarray() if hasattr(K, "toarray") else K, np.float32)
     own = K.diagonal()
@@ -98,7 +98,8 @@ class EncoderReportConfig(Config):
 
 # %% ../../nbs/26_text.kernels.ipynb #26a1c018
 ENCODER_LABELS = dict(none="no text", shuffled="shuffled text", tfidf_full="TF-IDF", tfidf="TF-IDF, 256 columns",
-                      shipped="shipped DeBERTa", adapted="adapted DeBERTa")
+                      shipped="shipped DeBERTa", adapted="adapted DeBERTa", learned="learned words",
+                      learned_context="learned words in context")
 
 
 def encoder_label(name: str) -> str: # One encoder, or several with a plus
