@@ -190,7 +190,8 @@ def test_no_one_is_found_by_his_own_review(sample):
 @pytest.mark.parametrize("at", ["a step", "a checkpoint"])
 def test_a_training_that_died_goes_on_to_the_same_bits(at, sample, tiny, tmp_path, monkeypatch):
     from sharp_distill.text import interaction_training as it
-    cfg = it.InteractionTrainingConfig(steps=6, batch_users=60, batch_items=24, n_looks=3, device="cpu", max_tokens=12)
+    from sharp_distill.text.interaction_rows import TokenConfig
+    cfg = it.InteractionTrainingConfig(steps=6, batch_users=60, batch_items=24, n_looks=3, device="cpu", texts=TokenConfig(max_tokens=12))
     s = sample[1]
     whole, log = it.train_on_interactions([s], tiny, tmp_path / "whole", cfg)
     name, last = {"a step": ("step_loss", 5), "a checkpoint": ("write_json", 2)}[at]
