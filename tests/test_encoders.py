@@ -173,3 +173,94 @@ def test_the_gpu_check_runs_on_a_cpu():
     rows = runpy.run_path(str(ROOT / "tools/gpu_check.py"))["measure_gpu"]("cpu", n=40, n_base=0)
     assert [r["what"].split(",")[0] for r in rows] == ["tokenising", *["tokenising"] * (len(rows) - 2), "shipped encoder"]
     assert all(r["reviews_per_s"] > 0 and r["device"] == "cpu" for r in rows) and rows[-1]["off_from_cpu"] == 0
+
+
+def tested_pairs(data):
+    "Pairs of user and item that some leaderboard tests or chooses on in time, by their ids, from the splits themselves."
+    from sharp_distill.data.split import make_split
+    parts = [make_split(data, seed=s).test for s in range(5)]
+    windows = [make_split(data, "temporal", cuts=3, cut=c) for c in range(3)]
+    parts += [getattr(w, p) for w in windows for p in ("valid", "test")]
+    return {(u, i) for p in parts for u, i in zip(p.user_ids[p.user_idx], p.item_ids[p.item_idx])}
+
+
+def pairs_of(rows): return set(zip(rows.user_ids[rows.user_idx], rows.item_ids[rows.item_idx]))
+
+
+@pytest.fixture(scope="module")
+def sample(tiny):
+    from sharp_distill.data.interactions import make_sample
+    from sharp_distill.text.interaction_rows import TokenConfig, token_rows
+    data = make_sample(n_users=300, n_items=80)
+    return data, token_rows(data, "sample", load_encoder(tiny)[0], TokenConfig(max_tokens=12))
+
+
+def test_an_interaction_training_reads_no_row_that_a_leaderboard_tests(sample, tiny):
+    from conftest import refused
+    from sharp_distill.text.interaction_rows import check_rows_record, clean_rows, pair_keys, rows_record, token_rows
+    data, s = sample
+    tested = tested_pairs(data)
+    read = check_rows_record(s.record, data)
+    assert len(s.rows) > 300 and pairs_of(s.rows) == pairs_of(read) and not pairs_of(read) & tested
+    for bad in (next(k for k in range(len(data)) if not clean_rows(data)[k]), # one row of a test part, or of a window
+                int(np.argmax(data.timestamp))):
+        more = data.take(np.append(np.flatnonzero(np.isin(pair_keys(data), pair_keys(s.rows))), bad))
+        assert len(pairs_of(more) & tested) == 1
+        assert "1 of" in refused(token_rows, data, "sample", load_encoder(tiny)[0], rows=more)
+        assert "clean rows are" in refused(check_rows_record, rows_record("sample", data, more), data)
+    changed = data.take(np.arange(len(data) - 1))
+    assert "expected the data" in refused(check_rows_record, s.record, changed)
+
+
+def test_no_one_is_found_by_his_own_review(sample):
+    from sharp_distill.core import rng
+    from sharp_distill.text.interaction_rows import make_look
+    from sharp_distill.text.interaction_training import InteractionTrainingConfig, draw_items, draw_texts
+    _, s = sample
+    cfg, n = InteractionTrainingConfig(batch_users=60, batch_items=40), 0
+    for k in range(30):
+        r = rng(k)
+        users, items = draw_items(s, cfg, r)
+        piece, place = draw_texts(s, users, items, 3, r)
+        n += len(piece)
+        assert not np.isin(s.user[piece], users).any()
+        assert not np.isin(s.item[piece], s.held).any()
+    assert n > 1000
+    look = make_look(s)
+    pairs = look.documents[look.n_other + look.n_held:].tocoo()
+    assert len(look.user) > 50 and not (s.user[look.pieces[pairs.col]] == look.users[look.user[pairs.row]]).any()
+
+
+@pytest.mark.parametrize("at", ["a step", "a checkpoint"])
+def test_a_training_that_died_goes_on_to_the_same_bits(at, sample, tiny, tmp_path, monkeypatch):
+    from sharp_distill.text import interaction_training as it
+    from sharp_distill.text.interaction_rows import TokenConfig
+    cfg = it.InteractionTrainingConfig(steps=6, batch_users=60, batch_items=24, n_looks=3, device="cpu", texts=TokenConfig(max_tokens=12))
+    s = sample[1]
+    whole, log = it.train_on_interactions([s], tiny, tmp_path / "whole", cfg)
+    name, last = {"a step": ("step_loss", 5), "a checkpoint": ("write_json", 2)}[at]
+    real, calls = getattr(it, name), []
+    def dies(*a, **kw):
+        calls.append(1)
+        if len(calls) == last: raise KeyboardInterrupt
+        return real(*a, **kw)
+    with monkeypatch.context() as m:
+        m.setattr(it, name, dies)
+        with pytest.raises(KeyboardInterrupt): it.train_on_interactions([s], tiny, tmp_path / "died", cfg)
+    assert not (tmp_path / "died/model.safetensors").exists() and len(list((tmp_path / "died").glob("checkpoint.json"))) == 1
+    died, again = it.train_on_interactions([s], tiny, tmp_path / "died", cfg)
+    assert (died / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert again.drop(columns="seconds").equals(log.drop(columns="seconds"))
+    assert not [p for p in died.iterdir() if p.suffix in (".bin", ".pt", ".pkl") or p.name.startswith((".", "checkpoint"))]
+
+
+def test_interactions_train_any_encoder_with_both_losses(sample, tmp_path):
+    from sharp_distill.text.interaction_rows import TokenConfig, token_rows
+    from sharp_distill.text.interaction_training import InteractionTrainingConfig, train_on_interactions
+    old = tiny_deberta(tmp_path / "v1", WORDS, version=1)
+    for loss in ("softmax", "elsa"):
+        cfg = InteractionTrainingConfig(steps=2, batch_users=60, batch_items=24, n_looks=1, device="cpu", loss=loss,
+                                        checkpointing=True, texts=TokenConfig(max_tokens=12))
+        s = token_rows(sample[0], "sample", load_encoder(old)[0], cfg.texts)
+        folder, log = train_on_interactions([s], old, tmp_path / loss, cfg)
+        assert np.isfinite(log["sample"]).all() and load_encoder(str(folder))[1].config.model_type == "deberta"

@@ -16,6 +16,7 @@ from ..core import Config, UserError, cache_dir, content_sha, option, part, read
 from .encoder_training import (
     EncoderTrainingConfig, embed_batch, make_optimizer, save_encoder, schedule, train_step)
 from .encoders import ReviewConfig, encode_texts, find_encoder, load_encoder
+from .interaction_training import InteractionTrainingConfig
 from .reviews import pooling_matrix
 from .vector_cache import encoder_sha
 from .words import ReviewTexts, train_reviews
@@ -146,3 +147,4 @@ class TrainEncoderConfig(Config):
     output_dir: str = option("../outputs/encoder", "where the encoder and the record are written")
     distil: EncoderTrainingConfig = part(EncoderTrainingConfig)
     adapt: AdaptConfig = part(AdaptConfig, "adapt_")
+    interaction: InteractionTrainingConfig = part(InteractionTrainingConfig, "interaction_")
