@@ -113,7 +113,7 @@ def test_what_a_search_may_read_is_said():
 
 def test_ease_takes_learned_words_alone_or_beside_tfidf():
     from sharp_distill.models.registry import Fits, fit_method
-    split = make_split(make_sample(n_users=120, n_items=60), seed=0)
+    split = make_split(make_sample(n_users=300, n_items=100), seed=0)
     fits = Fits(split, encode_reviews(split, "tfidf"))
     of = {f: fit_method("ease+tfidf", split, fits.reviews, b.TFIDFEASEConfig(text_form=f), fits)(np.arange(9)) for f in ("full", "learned", "joined")}
     assert not np.allclose(of["full"], of["learned"]) and not np.allclose(of["full"], of["joined"])

@@ -24,10 +24,11 @@ from torch import nn
 
 from ..core import Config, Stopwatch, UserError, option, pick_device, progress, torch_rng
 from ..data.evaluation import Scorer, rank_topk
+from ..device import back, filter_scorer, gpu_dots, gpu_row, gpu_rows, held, table_device, take_scores
 from .hypergraphs import SparseOp, build_hypergraphs, safe_power
 from sharp_distill.models.item_filter import (
-    N_NEIGHBOURS, ItemGram, add_gram, filter_scores, item_gram, nearest_items, solve_local, solve_ridge, sparse_gram,
-    text_gram, text_likeness)
+    N_NEIGHBOURS, ItemGram, add_gram, item_gram, nearest_items, solve_local, solve_ridge, sparse_gram, text_gram,
+    text_likeness)
 from .sessions import EvidenceConfig, item_evidence
 from .training import (
     BY_AGE, TrainConfig, fit, l2_penalty, mask_train, ranking_loss, row_weights, sample_candidates, valid_ndcg)
@@ -35,8 +36,7 @@ from .training import (
 # %% ../../nbs/33_models.baselines.ipynb #052a37ae
 def stored_bytes(*arrays) -> int: # numpy arrays and scipy csr matrices
     "Count the bytes that keep these arrays."
-    parts = [a for x in arrays for a in ((x.data, x.indices, x.indptr) if sp.issparse(x) else (x,))]
-    return int(sum(a.nbytes for a in parts))
+    return int(sum(a.nbytes for x in arrays for a in ((x.data, x.indices, x.indptr) if sp.issparse(x) else (x,))))
 
 # %% ../../nbs/33_models.baselines.ipynb #087e56ef
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def fit_popularity(split, cfg: PopularityConfig = PopularityConfig()) -> Scorer:
     "Score every item by its number of train interactions, the same for everybody."
     with Stopwatch() as w: count = np.asarray(split.train.to_csr().sum(0), np.float32).ravel()
     score = lambda u: np.broadcast_to(count, (len(u), len(count)))
-    return Scorer("popularity", score, len(count), count.nbytes, w.s, config=cfg.to_dict())
+    return Scorer("popularity", score, len(count), count.nbytes, w.s, config=cfg.to_dict(), on_device=gpu_row(count))
 
 # %% ../../nbs/33_models.baselines.ipynb #2d915e13
 def item_graph(R: sp.csr_matrix, # [U, I] train interactions; or rows of `item_evidence`
@@ -61,14 +61,14 @@ def item_graph(R: sp.csr_matrix, # [U, I] train interactions; or rows of `item_e
     left = sp.csr_matrix((R @ sp.diags(safe_power(d_i, -target))).T)
     right = sp.csr_matrix(sp.diags(safe_power(d_u, -user)) @ R @ sp.diags(safe_power(d_i, -source)))
     rows, cols, data, step = [], [], [], max(1, 2**24 // n)
+    product = filter_scorer(left, right, "cpu" if shrink else table_device("auto"))
     for at in range(0, n, step):
-        W = (left[at:at+step] @ right).toarray()
+        W = product(targets := np.arange(at, min(at + step, n)))
         if shrink: co = (R.T[at:at+step] @ R).toarray(); W *= co / (co + shrink)
-        targets = np.arange(at, at + len(W))
         W[np.arange(len(W)), targets] = 0
         best = rank_topk(W, min(n_neighbours, n))
         rows.append(best.ravel()); cols.append(np.repeat(targets, best.shape[1]))
-        data.append(np.take_along_axis(W, best, 1).ravel())
+        data.append(take_scores(W, best).ravel())
     places = np.concatenate(rows), np.concatenate(cols)
     out = sp.csr_matrix((np.concatenate(data), places), shape=(n, n), dtype=np.float32)
     out.eliminate_zeros()
@@ -81,8 +81,8 @@ def item_scorer(name: str, split,
     "Wrap an item-to-item model: a user's scores are the sum of the rows of their train items."
     R = split.train.to_csr()
     n_params = B.nnz if sp.issparse(B) else B.size - len(B)
-    return Scorer(name, lambda u: filter_scores(R[u], B), n_params, stored_bytes(R, B), train_s, config=config,
-                  history=history)
+    return Scorer(name, filter_scorer(R, B), n_params, stored_bytes(R, B), train_s, config=config,
+                  history=history, on_device=gpu_rows(R, B)) # a closed form has no option for its device
 
 # %% ../../nbs/33_models.baselines.ipynb #e6e258a4
 @dataclass(frozen=True)
@@ -205,7 +205,8 @@ def fit_local_ease(split, cfg: LocalEASEConfig = LocalEASEConfig(),
     R, weight = split.train.to_csr(), getattr(cfg, "text_weight", 0.)
     if item_text is None: item_text = np.zeros((R.shape[1], 1), np.float32)
     with Stopwatch() as w:
-        gram = ItemGram(sparse_gram(item_evidence(split.train, cfg)), text_likeness(item_text), R.nnz / R.shape[1])
+        text = text_likeness(item_text, table_device("auto"))
+        gram = ItemGram(sparse_gram(item_evidence(split.train, cfg)), text, R.nnz / R.shape[1])
         near = nearest_items(gram, min(cfg.n_neighbours, gram.n_items - 1), weight) # a small catalogue: all others
         B = solve_local(gram, near, [dict(ridge=cfg.reg, text_weight=weight)])[0]
     return item_scorer(name, split, B, w.s, cfg.to_dict())
@@ -256,10 +257,10 @@ def embedding_scorer(name: str, user_emb, item_emb, # [U, d], [I, d]
                      train_s: float, n_params: int | None = None, # All entries, unless training chose others
                      config=None, history=None) -> Scorer:
     "Wrap a model whose score is a dot product of two rows."
-    p, q = (np.ascontiguousarray(e, dtype=np.float32) for e in (user_emb, item_emb))
+    p, q = (np.ascontiguousarray(back(e), dtype=np.float32) for e in (user_emb, item_emb))
     if n_params is None: n_params = p.size + q.size
     return Scorer(name, lambda u: p[u] @ q.T, n_params, stored_bytes(p, q), train_s, user_emb=p, item_emb=q,
-                  config=config, history=history)
+                  config=config, history=history, on_device=gpu_dots(user_emb, item_emb))
 
 # %% ../../nbs/33_models.baselines.ipynb #3596be63
 @dataclass(frozen=True)
@@ -341,8 +342,7 @@ def pair_loss(model, # forward() -> (user_emb [U, d], item_emb [I, d]); rows(use
               train, # csr [U, I]
               users, items, gen): # int64 [B], int64 [B], torch generator
     "Return (total, parts) of one batch of pairs."
-    cfg = model.cfg
-    user_emb, item_emb = model()
+    cfg, (user_emb, item_emb) = model.cfg, model()
     candidates = sample_candidates(train.shape[1], cfg.n_negatives, gen, len(users)).to(users.device)
     x, pos_emb, neg_emb = user_emb[users], item_emb[items], item_emb[candidates]
     if cfg.cosine: x, pos_emb, neg_emb = (F.normalize(e, dim=1) for e in (x, pos_emb, neg_emb))
@@ -353,9 +353,9 @@ def pair_loss(model, # forward() -> (user_emb [U, d], item_emb [I, d]); rows(use
 
 # %% ../../nbs/33_models.baselines.ipynb #8eb1a6b6
 def final_embeddings(model): # -> float32 [U, d], [I, d]
-    "Return the embeddings whose dot product is the loss's logit, as arrays."
+    "Return the embeddings whose dot product is the loss's logit: arrays, or tensors of a GPU."
     with torch.no_grad(): out = [F.normalize(e, dim=1) if model.cfg.cosine else e for e in model()]
-    return [e.cpu().numpy() for e in (out[0] / model.cfg.temperature, out[1])]
+    return [e if held(e) else e.cpu().numpy() for e in (out[0] / model.cfg.temperature, out[1])]
 
 # %% ../../nbs/33_models.baselines.ipynb #a1559780
 def fit_ranking_model(name: str, split,

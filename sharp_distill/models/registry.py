@@ -36,12 +36,11 @@ from .competitors import (
     fit_lighthgnn, fit_simrec, fit_text_lightgcn)
 from .sequential import SASRecConfig, fit_sasrec
 from .teacher import (
-    ROW_HALF_LIVES, PartsConfig, TeacherConfig, fit_filter, teacher_scorer, teacher_scores, train_teacher)
+    ROW_HALF_LIVES, PartsConfig, TeacherConfig, fit_filter, teacher_scorer, train_teacher)
 from .student import student_scorer
-from .fusion import standardise
 from .distillation import (
     DistilledConfig, IdOnlyConfig, NoDistillationConfig, distill, gather_targets)
-from .targets import gather_soft_labels
+from .targets import approximate, gather_soft_labels, standard_scores
 
 _all_ = ["GROUPS", "Fits", "Method", "fit_method", "method", "methods", "methods_for", "refit", "register"]
 
@@ -147,7 +146,7 @@ def _timed_with_text(fit, name): # A model that reads times and, where it can, t
     return lambda split, reviews, cfg, fits=None, watch=None: fit(split, fits.text("tfidf"), cfg, name)
 
 
-TIMED = dict(WORDS, reg=RIDGE["reg"], edge_power=EVIDENCE["edge_power"])
+TIMED = dict(RIDGE, **WORDS)
 for m in (
     Method("popularity_decayed", "popularity, decayed", "grey", "^", "baseline", (*IDS, "times"),
            DecayedPopularityConfig, _plain(fit_decayed_popularity), dict(half_life=(1, 10_000, "log")),
@@ -282,14 +281,14 @@ register_style("hgnn", "HGNN as published", "black", "d") # equation (3) as prin
 # %% ../../nbs/39_models.registry.ipynb #e3709b19
 def shared_targets(fits: Fits, cfg: DistilledConfig) -> tuple: # (TeacherState, DistillationTargets)
     "Return the teacher of a student's seed and the targets it gives, gathered once for all students that share them."
-    # the weight acts in the loss only
-    seed, emb_dim, gathered = cfg.student.seed, cfg.student.emb_dim, cfg.targets.replace(kd_weight=1.)
-    teacher = fits.fit("teacher", seed).state
-    of = fits.config("teacher", seed=seed).sha()
+    seed, emb_dim, gathered = cfg.student.seed, cfg.student.emb_dim, cfg.targets.replace(kd_weight=1.) # the loss
+    teacher, of = fits.fit("teacher", seed).state, fits.config("teacher", seed=seed).sha()
     def gather():
-        standard = lambda u: standardise(teacher_scores(teacher, u))
+        standard, exponent = standard_scores(teacher), gathered.score_exponent
         soft = fits.keep(("soft labels", of), lambda: gather_soft_labels(standard, teacher.train))
-        return gather_targets(teacher, emb_dim, gathered, seed, soft)
+        factors = fits.keep(("factors", of, exponent, emb_dim, seed),
+                            lambda: approximate(teacher, standard, emb_dim, exponent, seed))
+        return gather_targets(teacher, emb_dim, gathered, seed, soft, factors)
     return teacher, fits.keep(("targets", of, gathered.sha(), emb_dim, seed), gather)
 
 

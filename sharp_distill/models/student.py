@@ -117,8 +117,11 @@ def new_item_row(state: StudentState,
 # %% ../../nbs/36_models.student.ipynb #759cc475
 def student_scorer(state: StudentState, name: str = "student"): # A Scorer
     "Wrap a student for the evaluation; where validation picked the epoch, it is what a fit without one is told."
-    from sharp_distill.data.evaluation import Scorer # it imports torch
+    from sharp_distill.data.evaluation import Scorer
+    from sharp_distill.device import dot_scorer, holds, table_device # which asks torch
     rows = {} if state.head else dict(user_emb=state.user_emb, item_emb=state.item_emb)
+    device = table_device(getattr(state.config, "device", "cpu"))
+    if rows and holds(device): rows["on_device"] = dot_scorer(*rows.values(), device)
     config = state.config.to_dict() | (state.target_config.to_dict() if state.target_config else {})
     by_teacher = config.get("soft_labels", "none") != "none" and config["select_by"] == "fidelity"
     chosen = dict(epochs=state.history.best_epoch + 1) if state.history and not by_teacher else {}
