@@ -33,18 +33,18 @@ class TokenConfig(Config):
 
 # %% ../../nbs/24_text.interaction_rows.ipynb #b3e70008
 COMMON = "the very one that it was long and kept with cup of in old by her when could much good".split()
-HOBBIES = ["kalorix kalovex kalozan kalolum kalopol kalogat", "merinib meriwok merifen meritas merijud merihym",
-           "tunurix tunuwok tunuzan tunutas tunupol tunuhym", "sibanib sibavex sibafen sibalum sibajud sibagat"]
+HOBBIES = [h.split() for h in ("hook reel lure bait rod trout", "flour oven yeast dough whisk cake",
+                               "rook pawn bishop knight mate queen", "soil seed rake mulch spade hedge")]
 
 
 def hobby_shop(n_users: int = 150, n_items: int = 96, n_rows: int = 24, # Rows of a user
                seed: int = 0) -> Interactions: # User u and item i are of hobbies u % 4 and i % 4
     "Draw users who choose items of one hobby and write about them in its words."
     import pandas as pd
-    r, rows, words = rng(seed, "hobbies"), [], [h.split() for h in HOBBIES]
+    r, rows = rng(seed, "hobbies"), []
     for u in range(n_users):
         for i in r.choice(np.arange(u % 4, n_items, 4), min(n_rows, n_items // 4), replace=False):
-            text = " ".join(r.permutation([*r.choice(COMMON, 5), words[i % 4][i // 4 % 6]]))
+            text = " ".join(r.permutation([*r.choice(COMMON, 5), HOBBIES[i % 4][i // 4 % 6]]))
             rows.append(dict(user_id=f"u{u:03}", item_id=f"i{i:03}", review=text, timestamp=int(r.integers(1, 10**6))))
     return from_frame(pd.DataFrame(rows))
 
