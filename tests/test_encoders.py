@@ -175,7 +175,7 @@ def test_the_gpu_check_runs_on_a_cpu():
     assert all(r["reviews_per_s"] > 0 and r["device"] == "cpu" for r in rows) and rows[-1]["off_from_cpu"] == 0
 
 
-def tested_pairs(data):
+def board_pairs(data):
     "Pairs of user and item that some leaderboard tests or chooses on in time, by their ids, from the splits themselves."
     from sharp_distill.data.split import make_split
     parts = [make_split(data, seed=s).test for s in range(5)]
@@ -199,7 +199,7 @@ def test_an_interaction_training_reads_no_row_that_a_leaderboard_tests(sample, t
     from conftest import refused
     from sharp_distill.text.interaction_rows import check_rows_record, clean_rows, pair_keys, rows_record, token_rows
     data, s = sample
-    tested = tested_pairs(data)
+    tested = board_pairs(data)
     read = check_rows_record(s.record, data)
     assert len(s.rows) > 300 and pairs_of(s.rows) == pairs_of(read) and not pairs_of(read) & tested
     for bad in (next(k for k in range(len(data)) if not clean_rows(data)[k]), # one row of a test part, or of a window
