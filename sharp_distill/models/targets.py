@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['N_TOP', 'ANNEAL_SHARE', 'SCALES', 'TargetConfig', 'soft_label_loss', 'SoftLabels', 'gather_soft_labels',
            'standard_scores', 'annealed', 'temperature_at', 'svd_targets', 'softmax_scale', 'DistillationTargets',
-           'gather_options', 'student_trend', 'LowRank', 'approximate', 'gather_targets']
+           'gather_options', 'student_trend', 'TeacherFactors', 'approximate', 'gather_targets']
 
 # %% ../../nbs/36_models.targets.ipynb #36e00003
 from dataclasses import dataclass
@@ -155,7 +155,7 @@ def student_trend(teacher: TeacherState) -> np.ndarray | None: # float32 [I], No
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class TeacherFactors:
     "Low-rank factors of a teacher's scores."
     users: np.ndarray # float32 [U, d]
     items: np.ndarray # float32 [I, d]
@@ -163,7 +163,7 @@ class LowRank:
 
 
 def approximate(teacher: TeacherState, standard, # user_idx int64 [B] -> standardised scores [B, I]
-                emb_dim: int, exponent: float, seed: int) -> LowRank:
+                emb_dim: int, exponent: float, seed: int) -> TeacherFactors:
     "Return low-rank factors of a teacher's scores, the last column for its trend where it has one."
     trend, (n_users, n_items) = student_trend(teacher), teacher.train.shape
     with Stopwatch() as t:
@@ -175,7 +175,7 @@ def approximate(teacher: TeacherState, standard, # user_idx int64 [B] -> standar
             share = np.float32(((found.cpu().numpy() if held(found) else found) @ trend).mean() / n_items)
             Y, V = svd_targets(score_operator(teacher, exponent, share * trend), emb_dim - 1, seed=seed)
             Y, V = np.column_stack([Y, np.full(n_users, share)]), np.column_stack([V, trend])
-    return LowRank(Y, V, t.s)
+    return TeacherFactors(Y, V, t.s)
 
 # %% ../../nbs/36_models.targets.ipynb #0cd3d60a
 def gather_targets(teacher: TeacherState,
@@ -183,7 +183,7 @@ def gather_targets(teacher: TeacherState,
                    cfg: TargetConfig = TargetConfig(),
                    seed: int = 0, # Of the randomised SVD
                    soft: SoftLabels | None = None, # Of this teacher, to share them; None: gathered here
-                   factors: LowRank | None = None, # The same
+                   factors: TeacherFactors | None = None, # The same
                   ) -> DistillationTargets:
     "Compute what the student learns from, in a few passes over the teacher's scores."
     standard = standard_scores(teacher)
