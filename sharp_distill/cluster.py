@@ -6,6 +6,7 @@
 __all__ = ['LONELY_S', 'PlaceConfig', 'connect', 'on_cluster', 'current_cluster', 'ranges', 'map_blocks']
 
 # %% ../nbs/06_cluster.ipynb #c1a00003
+import socket
 from collections import deque
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -43,11 +44,11 @@ def connect(address: str, # "tcp://host:8786"
             timeout_s: float = 5.): # A `distributed.Client`
     "Connect to a dask scheduler, once for each address, and print what answers."
     from distributed import Client
-    from distributed.comm.registry import backends
+    from distributed.comm.addressing import get_address_host_port
     if address in _CLIENTS and _CLIENTS[address].status == "running": return _CLIENTS[address]
     said = f"cluster is {address!r}, where"
     try:
-        if "://" in address and address.partition("://")[0] not in backends: raise ValueError("not dask's scheme")
+        socket.create_connection(get_address_host_port(address), timeout_s).close() # refused at once, before dask waits
         client = Client(address, timeout=timeout_s, set_as_default=False)
     except Exception as e: # a port at which something else listens answers with anything
         raise UserError(f"{said} no dask scheduler answers ({type(e).__name__}): expected the address that "
