@@ -120,7 +120,8 @@ def new_axes(axes, # An axis, an array of them, or None to make them
     "Return a flat array of n axes in the house style."
     import matplotlib.pyplot as plt
     if axes is None:
-        rows, columns = -(-n // across), min(n, across)
+        rows = -(-n // across)
+        columns = -(-n // rows) # rows of about the same length
         with house_theme():
             figsize = (size[0] * columns + beside, size[1] * rows)
             axes = plt.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False, **options)[1]
@@ -207,7 +208,9 @@ def label_lines(ax, lines: dict, # Label -> (x of the line's end, its y, color a
     from matplotlib.lines import Line2D
     if len(lines) > most:
         handles = [Line2D([], [], label=label, **style) for label, (_, _, style) in lines.items()]
-        ax.legend(handles=handles, **(where or dict(loc="upper left", bbox_to_anchor=(1, 1))))
+        legend = ax.legend(handles=handles, **(where or dict(loc="upper left", bbox_to_anchor=(1, 1))))
+        place = ax.get_subplotspec()
+        legend.set_in_layout(bool(where) or place is None or place.is_last_col()) # else a spare panel has room for it
         return
     ax.get_xlim(), ax.get_ylim() # settles the limits
     rising = sorted(lines.items(), key=lambda line: line[1][1])
