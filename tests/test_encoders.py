@@ -1,8 +1,11 @@
 """Neural encoders: what the notebooks 20 to 26 do not already assert."""
 
+import json
+import runpy
+
 import numpy as np
 import pytest
-from conftest import WORDS, written_split
+from conftest import ROOT, WORDS, refused, written_split
 
 from sharp_distill.core import UserError
 from sharp_distill.text import encoders
@@ -167,9 +170,6 @@ def test_a_device_without_memory_says_what_to_lower(shipped):
 
 
 def test_the_gpu_check_runs_on_a_cpu():
-    import runpy
-
-    from conftest import ROOT
     rows = runpy.run_path(str(ROOT / "tools/gpu_check.py"))["measure_gpu"]("cpu", n=40, n_base=0)
     assert [r["what"].split(",")[0] for r in rows] == ["tokenising", *["tokenising"] * (len(rows) - 2), "shipped encoder"]
     assert all(r["reviews_per_s"] > 0 and r["device"] == "cpu" for r in rows) and rows[-1]["off_from_cpu"] == 0
@@ -264,3 +264,14 @@ def test_interactions_train_any_encoder_with_both_losses(sample, tmp_path):
         s = token_rows(sample[0], "sample", load_encoder(old)[0], cfg.texts)
         folder, log = train_on_interactions([s], old, tmp_path / loss, cfg)
         assert np.isfinite(log["sample"]).all() and load_encoder(str(folder))[1].config.model_type == "deberta"
+
+
+@pytest.mark.slow
+def test_a_tool_trains_an_encoder_without_the_shop_it_will_be_a_stranger_to(tmp_path):
+    main = runpy.run_path(str(ROOT / "tools/interaction_encoders.py"))["main"]
+    words = [str(tmp_path), "sample,sample_fr", "--steps", "1", "--looks", "1"]
+    (log,) = main([*words, "--only", "without_sample"]).values()
+    seen = json.loads((tmp_path / "without_sample/interactions.json").read_text())["rows"]
+    assert [r["dataset"] for r in seen] == ["sample_fr"] and "sample_fr" in log and "sample" not in log and len(log) == 2
+    assert "expected some of all, without_sample, without_sample_fr" in refused(main, [*words, "--only", "without_sampel"])
+    assert "expected two or more" in refused(main, [str(tmp_path), "sample"])
