@@ -48,7 +48,8 @@ def connect(address: str, # "tcp://host:8786"
     if address in _CLIENTS and _CLIENTS[address].status == "running": return _CLIENTS[address]
     said = f"cluster is {address!r}, where"
     try:
-        socket.create_connection(get_address_host_port(address), timeout_s).close() # refused at once, before dask waits
+        if not address.startswith("inproc://"): # a port is refused at once, before dask waits
+            socket.create_connection(get_address_host_port(address), timeout_s).close()
         client = Client(address, timeout=timeout_s, set_as_default=False)
     except Exception as e: # a port at which something else listens answers with anything
         raise UserError(f"{said} no dask scheduler answers ({type(e).__name__}): expected the address that "

@@ -73,7 +73,7 @@ def test_the_dashboard_is_printed_once(two_workers, capsys):
     assert len(said) == 1 and said[0].startswith(f"cluster {two_workers}: 2 workers, 2 threads") and "dashboard http://127.0.0.1:" in said[0]
 
 
-@pytest.mark.parametrize("address", ["nonsense", "tcp://127.0.0.1:1", "tcp://127.0.0.1", "http://127.0.0.1:1"])
+@pytest.mark.parametrize("address", ["nonsense", "tcp://127.0.0.1:1", "tcp://127.0.0.1", "http://127.0.0.1:1", "inproc://127.0.0.1/1/1"])
 def test_an_address_that_does_not_answer_is_one_line_within_seconds(address):
     start = time.perf_counter()
     with pytest.raises(UserError, match="where no dask scheduler answers .*: expected the address") as e: connect(address, timeout_s=1.)
