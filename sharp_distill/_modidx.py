@@ -1582,6 +1582,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'sharp_distill/experiments/run.py'),
                                                'sharp_distill.experiments.run.student_config': ( 'experiments.run.html#student_config',
                                                                                                  'sharp_distill/experiments/run.py'),
+                                               'sharp_distill.experiments.run.sweep_at': ( 'experiments.run.html#sweep_at',
+                                                                                           'sharp_distill/experiments/run.py'),
                                                'sharp_distill.experiments.run.teacher_config': ( 'experiments.run.html#teacher_config',
                                                                                                  'sharp_distill/experiments/run.py'),
                                                'sharp_distill.experiments.run.windows_frame': ( 'experiments.run.html#windows_frame',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_OPTIONS', 'SWEEP', 'DataConfig', 'PublishedSwitches', 'RunConfig', 'run_config', 'remember_file',
            'remembered_file', 'Prepared', 'prepare', 'teacher_config', 'student_config', 'run_fits', 'fit_models',
-           'quality_frame', 'windows_frame', 'latency_frame', 'retention_frame', 'sensitivity_frame', 'run_id',
-           'run_record', 'RunFolder']
+           'quality_frame', 'windows_frame', 'latency_frame', 'retention_frame', 'sweep_at', 'sensitivity_frame',
+           'run_id', 'run_record', 'RunFolder']
 
 # %% ../../nbs/52_experiments.run.ipynb #47a33b46
 import contextlib
@@ -259,12 +259,16 @@ def retention_frame(results: dict, # Name -> EvalResult, "student" and "teacher"
 SWEEP = {"temperature": (.1, 1., 2.), "kd_weight": (0., .5, 1.), "emb_dim": (16, 32, 64, 128)}
 
 
-def sensitivity_frame(fitted: Fitted, cfg: RunConfig, sweep: dict = SWEEP,
-                      epochs: int = 0) -> pd.DataFrame: # param, value, mean, chosen; epochs 0: 12, or 1 at large sizes
-    "Vary one option of the student at a time; validation NDCG@10 after a short training."
-    split = fitted.fits.split
+def sweep_at(split, sweep: dict = SWEEP) -> tuple: # ({option: values}, epochs)
+    "Return the values and epochs of a sweep at a split's size; at large ones the ends of each range, one epoch."
     large = split.n_users * split.n_items > BLOCKS_UP_TO or len(split.train) > MANY_ROWS
-    epochs = epochs or (1 if large else 12)
+    return ({option: (values[0], values[-1]) for option, values in sweep.items()}, 1) if large else (sweep, 12)
+
+# %% ../../nbs/52_experiments.run.ipynb #cc7303ff
+def sensitivity_frame(fitted: Fitted, cfg: RunConfig, # Of a run
+                      sweep: dict = SWEEP) -> pd.DataFrame: # param, value, mean, chosen
+    "Vary one option of the student at a time; validation NDCG@10 after a short training."
+    sweep, epochs = sweep_at(fitted.fits.split, sweep)
     base, rows, known = student_config(cfg).replace(epochs=min(epochs, cfg.student.epochs)), [], {}
     at = base.flat()
     for param, value in progress([(p, v) for p, values in sweep.items() for v in sorted({*values, at[p]})],
