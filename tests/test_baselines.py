@@ -508,17 +508,17 @@ def test_elsa_ends_where_a_quasi_newton_method_ends(split):
     "SciPy's L-BFGS on the formula, written over dense matrices, finds no better place from the same start."
     from scipy.optimize import minimize
     few = make_split(make_sample(seed=3, n_users=60, n_items=20), seed=0)
-    n, cfg = few.n_items, lr.ELSAConfig(emb_dim=3, reg=5., lr=.03, epochs=60)
+    n, cfg = few.n_items, lr.ELSAConfig(emb_dim=3, lr=.02, epochs=400)
     R = few.train.to_csr().toarray().astype(float)
+    unit = lambda M: M / np.maximum(np.linalg.norm(M, axis=1, keepdims=True), 1e-12)
     def error(flat):
-        A = flat.reshape(n, 3); A = A / np.linalg.norm(A, axis=1, keepdims=True)
-        B = A @ A.T - np.eye(n)
-        return ((R - R @ B) ** 2).sum() + 5 * (B ** 2).sum()
+        A = unit(flat.reshape(n, 3))
+        return ((unit(np.maximum(R @ A @ A.T - R, 0)) - unit(R)) ** 2).sum()
     start = lr.ELSA(few.train.to_csr(), cfg).item.detach().numpy().astype(float).ravel()
     none = few.valid.take(np.zeros(len(few.valid), bool))
     ours = error(lr.fit_elsa(replace(few, valid=none), cfg).item_emb.astype(float).ravel())
     theirs = minimize(error, start, method="L-BFGS-B", options=dict(maxiter=60, maxfun=10**5)).fun
-    assert error(start) > 1.2 * theirs and ours < 1.02 * theirs
+    assert error(start) > 1.1 * theirs and ours < 1.02 * theirs
 
 
 def test_large_catalogues_get_no_table_of_items_by_items(monkeypatch):

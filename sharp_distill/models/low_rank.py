@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS_AN_EPOCH', 'DENSER', 'UserKNNConfig', 'fit_userknn', 'WordsConfig', 'evidence_rows', 'EDLAEConfig',
            'TextEDLAEConfig', 'fit_edlae', 'SVDConfig', 'TextSVDConfig', 'fit_svd', 'LoopConfig', 'watched_ndcg',
-           'ELSAConfig', 'TextELSAConfig', 'gram_product', 'ELSA', 'fit_whole', 'fit_elsa', 'LowRankConfig',
+           'ELSAConfig', 'TextELSAConfig', 'ELSA', 'fit_stack', 'fit_elsa', 'gram_product', 'LowRankConfig',
            'TextLowRankConfig', 'LowRank', 'fit_low_rank', 'FISMConfig', 'FISM', 'fism_loss', 'fit_fism']
 
 # %% ../../nbs/34_models.low_rank.ipynb #4f000003
@@ -140,20 +140,67 @@ def watched_ndcg(split, score, # () -> callable, user_idx int64 [B] -> float32 [
     return validate
 
 # %% ../../nbs/34_models.low_rank.ipynb #4f000018
-STEPS_AN_EPOCH = 10 # whole gradients between two validations
-DENSER = 16 # how many times faster an entry of a dense matrix is multiplied than one of a sparse matrix, about
-
-
 @dataclass(frozen=True)
 class ELSAConfig(LoopConfig, EvidenceConfig):
     "Options of ELSA."
     emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
-    reg: float = option(0., "ridge on the weights, as EASE's", lo=0., hi=1e9)
+    batch_size: int = option(1024, "rows of the stack in a step", lo=1)
 
 
 @dataclass(frozen=True)
 class TextELSAConfig(ELSAConfig, WordsConfig):
     "Options of ELSA over users, sessions and words."
+
+# %% ../../nbs/34_models.low_rank.ipynb #4f000019
+class ELSA(nn.Module):
+    "Item rows of length one whose products predict each row of the stack from itself."
+    def __init__(self, E: sp.csr_matrix, cfg: ELSAConfig, device="cpu"): # [n, I]
+        super().__init__()
+        self.E, weight = E, np.asarray(E.multiply(E).sum(1)).ravel() / np.maximum(np.diff(E.indptr), 1)
+        self.weight = torch.as_tensor(weight / weight.mean(), dtype=torch.float32, device=device) # of a row of 0 and 1: 1
+        start = torch.randn(E.shape[1], cfg.emb_dim, generator=torch_rng(cfg.seed, "elsa")) * cfg.emb_dim ** -.5
+        self.item = nn.Parameter(start.to(device))
+
+    def forward(self): return 2 * (F.normalize(self.item, dim=1),) # A [I, d], twice: from and to
+    def loss(self, rows): # int64 [B] of the stack
+        A, _ = self()
+        X = torch.from_numpy(self.E[rows.cpu().numpy()].toarray()).to(A.device)
+        P = F.relu(X @ A @ A.T - X)
+        apart = (F.normalize(P, dim=1) - F.normalize(X, dim=1)).square().sum(1)
+        return (self.weight[rows] * apart).mean()
+
+# %% ../../nbs/34_models.low_rank.ipynb #4f00001c
+STEPS_AN_EPOCH = 10 # whole gradients between two validations
+
+
+def fit_stack(form, # `ELSA`, or another module of (rows, config, device) with `loss` and `forward`
+              split, cfg, texts, name: str, checkpoint=None, watch=None,
+              batch_size: int = 0, # Rows of the stack in a step; 0: all, by whole gradients
+              ) -> Scorer:
+    "Train a linear model over the stacked rows, with early stopping on validation NDCG@10."
+    R = split.train.to_csr()
+    with Stopwatch() as w: model = form(E := evidence_rows(split, cfg, texts), cfg, pick_device(cfg.device))
+    def rows(): # float32 [U, d], [I, d]
+        with torch.no_grad(): A, C = (x.cpu().numpy() for x in model())
+        return R @ A, C
+    def score():
+        users, items = rows()
+        return lambda u: users[u] @ items.T
+    steps = np.arange(E.shape[0] if batch_size else STEPS_AN_EPOCH)
+    history = fit(model, (steps, steps), lambda rows, *_: (model.loss(rows), {}), watched_ndcg(split, score, watch),
+                  cfg.loop(batch_size or 1), checkpoint, name, also=(cfg.sha(),))
+    n_params = sum(p.numel() for p in model.parameters())
+    found = embedding_scorer(name, *rows(), w.s + history.train_s, n_params, cfg.to_dict(), history)
+    return replace(found, chosen=dict(epochs=history.best_epoch + 1))
+
+
+def fit_elsa(split, cfg: ELSAConfig = ELSAConfig(), texts=(), name: str = "elsa", checkpoint=None,
+             watch=None) -> Scorer:
+    "Train ELSA."
+    return fit_stack(ELSA, split, cfg, texts, name, checkpoint, watch, cfg.batch_size)
+
+# %% ../../nbs/34_models.low_rank.ipynb #4f0000a2
+DENSER = 16 # how many times faster an entry of a dense matrix is multiplied than one of a sparse matrix, about
 
 
 def gram_product(E: sp.csr_matrix, device, # [n, I]
@@ -165,54 +212,11 @@ def gram_product(E: sp.csr_matrix, device, # [n, I]
     op = SparseOp.of(E.sorted_indices(), device)
     return lambda A: op.T @ (op @ A)
 
-# %% ../../nbs/34_models.low_rank.ipynb #4f000019
-class ELSA(nn.Module):
-    "Item rows of length one whose products predict each row of the stack from itself."
-    def __init__(self, E: sp.csr_matrix, cfg: ELSAConfig, device="cpu"): # [n, I]
-        super().__init__()
-        self.cfg, self.gram = cfg, gram_product(E, device)
-        start = torch.randn(E.shape[1], cfg.emb_dim, generator=torch_rng(cfg.seed, "elsa")) * cfg.emb_dim ** -.5
-        self.item = nn.Parameter(start.to(device))
-        self.total = float(E.multiply(E).sum())
 
-    def forward(self): return 2 * (F.normalize(self.item, dim=1),) # A [I, d], twice: from and to
-    def loss(self): # Of the weights A A' - I, as a share of |E|^2, without what is constant
-        A, _ = self()
-        with torch.no_grad(): GA = self.gram(A)
-        K, C = A.T @ GA, A.T @ A
-        K = K + K.T - K.detach() # its value is that of K, its gradient that of A'GA
-        ridge = (C * C).sum() - 2 * C.trace()
-        return ((K * C).sum() - 4 * K.trace() + self.cfg.reg * ridge) / self.total
-
-# %% ../../nbs/34_models.low_rank.ipynb #4f00001c
-def fit_whole(form, # `ELSA`, or another module of (rows, config, device) with `loss` and `forward`
-              split, cfg, texts, name: str, checkpoint=None, watch=None) -> Scorer:
-    "Train a linear model by whole gradients, with early stopping on validation NDCG@10."
-    R = split.train.to_csr()
-    with Stopwatch() as w: model = form(evidence_rows(split, cfg, texts), cfg, pick_device(cfg.device))
-    def rows(): # float32 [U, d], [I, d]
-        with torch.no_grad(): A, C = (x.cpu().numpy() for x in model())
-        return R @ A, C
-    def score():
-        users, items = rows()
-        return lambda u: users[u] @ items.T
-    steps = np.zeros(STEPS_AN_EPOCH)
-    history = fit(model, (steps, steps), lambda *_: (model.loss(), {}), watched_ndcg(split, score, watch),
-                  cfg.loop(1), checkpoint, name, also=(cfg.sha(),))
-    n_params = sum(p.numel() for p in model.parameters())
-    found = embedding_scorer(name, *rows(), w.s + history.train_s, n_params, cfg.to_dict(), history)
-    return replace(found, chosen=dict(epochs=history.best_epoch + 1))
-
-
-def fit_elsa(split, cfg: ELSAConfig = ELSAConfig(), texts=(), name: str = "elsa", checkpoint=None,
-             watch=None) -> Scorer:
-    "Train ELSA."
-    return fit_whole(ELSA, split, cfg, texts, name, checkpoint, watch)
-
-# %% ../../nbs/34_models.low_rank.ipynb #4f0000a2
 @dataclass(frozen=True)
-class LowRankConfig(ELSAConfig):
+class LowRankConfig(LoopConfig, EvidenceConfig):
     "Options of the low-rank ridge."
+    emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
     lr: float = option(.1, "Adam learning rate", lo=0.)
     reg: float = option(300., "ridge on the weights, as EASE's", lo=0., hi=1e9)
 
@@ -221,7 +225,7 @@ class LowRankConfig(ELSAConfig):
 class TextLowRankConfig(LowRankConfig, WordsConfig):
     "Options of the low-rank ridge over users, sessions and words."
 
-
+# %% ../../nbs/34_models.low_rank.ipynb #4f0000a5
 class LowRank(nn.Module):
     "Two rows for an item, whose products predict each row of the stack from its other entries."
     def __init__(self, E: sp.csr_matrix, cfg: LowRankConfig, device="cpu"): # [n, I]
@@ -234,7 +238,7 @@ class LowRank(nn.Module):
         self.own, self.total = torch.as_tensor(own, device=device), float(own.sum())
 
     def forward(self): return self.message * len(self.own) ** -.5, self.item * len(self.own) ** -.5 # A, C [I, d]
-    def loss(self): # As a share of |E|^2, without what is constant
+    def loss(self, rows=None): # Of all rows, as a share of |E|^2, without what is constant
         A, C = self()
         GA, S, diagonal = self.gram(A), C.T @ C, (A * C).sum(1)
         with_itself = (GA * C).sum(1) # the diagonal of G A C'
@@ -247,7 +251,7 @@ class LowRank(nn.Module):
 def fit_low_rank(split, cfg: LowRankConfig = LowRankConfig(), texts=(), name: str = "low_rank", checkpoint=None,
                  watch=None) -> Scorer:
     "Train the low-rank ridge."
-    return fit_whole(LowRank, split, cfg, texts, name, checkpoint, watch)
+    return fit_stack(LowRank, split, cfg, texts, name, checkpoint, watch)
 
 # %% ../../nbs/34_models.low_rank.ipynb #4f000020
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def _stacked(fit, name): # A linear model over users, sessions and, where its co
 FORMS = dict(text_form=("full", "reduced", "both"))
 SPECTRUM = dict(source=(0, 2, "linear"), target=(0, 2, "linear"), **EVIDENCE)
 ADAM = dict(lr=(.003, .1, "log"), patience=(5, 10), **EVIDENCE)
-COSINES, RANKED = dict(ADAM, reg=(1e-3, 100, "log")), dict(ADAM, reg=(10, 50_000, "log"), lr=(.01, .5, "log"))
+COSINES, RANKED = dict(ADAM, batch_size=(256, 1024)), dict(ADAM, reg=(10, 50_000, "log"), lr=(.01, .5, "log"))
 STACK, STACKED = (*IDS, "times"), (*TEXT, "times")
 for m in (
     Method("userknn", "UserKNN", "brown", "^", "baseline", IDS, UserKNNConfig, _plain(fit_userknn), dict(
