@@ -6,7 +6,7 @@
 __all__ = ['HELD', 'MOST_ENTRIES', 'MOST_DENSE', 'holds', 'held', 'ours', 'table_device', 'keep', 'on_device', 'take_rows',
            'sparse_tensor', 'among', 'DeviceRows', 'add_rows', 'row_scorer', 'filter_scores', 'filter_scorer',
            'dot_scorer', 'take_scores', 'beside', 'there', 'back', 'gpu_dots', 'gpu_row', 'gpu_rows', 'both_ways',
-           'strongest_rows', 'gram_of_rows', 'memory_for', 'enough_memory', 'refuse_singular', 'solve_on_device']
+           'strongest_rows', 'gram_of_rows', 'memory_for', 'refuse_singular', 'solve_on_device']
 
 # %% ../nbs/07_device.ipynb #d0e10003
 import weakref
@@ -263,24 +263,17 @@ def gram_of_rows(m: sp.csr_matrix, # [N, M]
 # %% ../nbs/07_device.ipynb #d0e1001b
 @contextmanager
 def memory_for(what: str, # What there is no memory for
-               lower: str): # What a person lowers, such as "batch_size to 512"
-    "Answer in one line where a device has no memory left."
-    import torch
-    try: yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"the device has no memory left for {what}: lower {lower}, or choose device='cpu'.") from None
-
-# %% ../nbs/07_device.ipynb #d0e10032
-@contextmanager
-def enough_memory(n: int, device): # Neighbours; where the tensors lie
-    "Answer in one line where a block does not fit into memory."
+               lower: str, # What a person lowers, such as "batch_size to 512"
+               device=None): # Where its tensors lie; None: as the error says
+    "Answer in one line where a device, or the machine, has no memory left."
     import torch
     try: yield
     except (MemoryError, RuntimeError) as e: # torch says "can't allocate memory" of a processor's
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e): raise
-        other = "use a machine with more" if torch.device(device).type == "cpu" else "choose device='cpu'"
-        raise UserError(f"no memory is left on {device} for the item-item ridge with n_neighbours {n}: lower "
-                        f"n_neighbours, such as to {max(n // 2, 1)}, or {other}.") from None
+        own = isinstance(e, torch.OutOfMemoryError)
+        if not (own or isinstance(e, MemoryError) or "allocate memory" in str(e)): raise
+        here = torch.device(device).type == "cpu" if device else not own
+        where, other = ("machine", "use one with more") if here else ("device", "choose device='cpu'")
+        raise UserError(f"the {where} has no memory left for {what}: lower {lower}, or {other}.") from None
 
 # %% ../nbs/07_device.ipynb #d0e10033
 def refuse_singular(ridge: float, failed, pivots, own): # [..., n] diagonals of the factor and of what was factored

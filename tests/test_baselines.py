@@ -206,9 +206,9 @@ def test_no_memory_says_what_to_lower(monkeypatch, error, where):
     def fail(*a, **kw): raise error
     monkeypatch.setattr(f"torch.{where}", fail)
     said = refused(local, CLONES, n=4)
-    assert "with n_neighbours 4: lower n_neighbours, such as to 2, or use a machine with more" in said
+    assert "with n_neighbours 4: lower n_neighbours, such as to 2, or use one with more" in said
     with pytest.raises(UserError, match="or choose device='cpu'"):
-        with f.enough_memory(4, "cuda:1"): fail()
+        with f.memory_for("blocks", "n", "cuda:1"): fail()
     monkeypatch.setattr(f"torch.{where}", lambda *a, **kw: (_ for _ in ()).throw(RuntimeError("size mismatch")))
     with pytest.raises(RuntimeError, match="size mismatch"): local(CLONES, n=4) # an error of another kind stays what it is
 

@@ -19,7 +19,7 @@ import torch
 from ..cluster import current_cluster, map_blocks, ranges
 from ..core import Stopwatch, UserError, pick_device, rng
 from ..device import (
-    enough_memory, filter_scorer, filter_scores as filter_scores, holds, keep, on_device, refuse_singular,
+    filter_scorer, filter_scores as filter_scores, holds, keep, memory_for, on_device, refuse_singular,
     solve_on_device, strongest_rows)
 from ..text.likeness import ROWS, WHOLE, TextLikeness, dense_product, near_order, take_blocks, text_likeness
 from ..text.learned_words import WORD_ROWS
@@ -148,6 +148,11 @@ class ItemGram:
         "Return it as blocks take it: inside `on_cluster` in the memory of a processor."
         return replace(self, text=self.text.on_cpu()) if current_cluster() else self
 
+# %% ../../nbs/32_models.item_filter.ipynb #32c1000a
+def _enough_memory(n: int, device): # Neighbours; where the tensors lie
+    half = max(n // 2, 1)
+    return memory_for(f"the item-item ridge with n_neighbours {n}", f"n_neighbours, such as to {half}", device)
+
 # %% ../../nbs/32_models.item_filter.ipynb #32c10002
 STEP = 256 # Items of a block
 
@@ -182,7 +187,7 @@ def nearest_items(gram: ItemGram, n: int, # Neighbours wanted, less than items
     length = torch.as_tensor(gram.edges.diagonal(), device=gram.device) + weight * gram.text.own
     inverse, out = length.clamp(min=1e-12).rsqrt().cpu().numpy(), np.empty((n_items, n), np.int32)
     shared, spans = (gram.as_sent(), order, inverse, n, weight, window), ranges(n_items, STEP)
-    with enough_memory(n, gram.device):
+    with _enough_memory(n, gram.device):
         found = map_blocks(nearest_rows, spans, *shared, lower="n_neighbours")
         for (at, to), near in zip(spans, found): out[order[at:to]] = near
     return out
@@ -290,7 +295,7 @@ def solve_local(gram: ItemGram, neighbours, # int32 [I, n]; None: all other item
                ) -> list: # For each of the options: B [I, m], source by target, items ascending; csr, or dense for None
     "Return the local ridge of some items, for several options at once."
     n = gram.n_items - 1 if neighbours is None else neighbours.shape[1]
-    with enough_memory(n, gram.device):
+    with _enough_memory(n, gram.device):
         if neighbours is None: return solve_all(gram, options, items)
         items = gram.order() if items is None else items
         near, weights = solve_by_span(gram, neighbours, items, options)

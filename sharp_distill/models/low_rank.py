@@ -157,7 +157,7 @@ class ELSA(nn.Module):
     def __init__(self, E: sp.csr_matrix, cfg: ELSAConfig, device="cpu"): # [n, I]
         super().__init__()
         self.E, weight = E, np.asarray(E.multiply(E).sum(1)).ravel() / np.maximum(np.diff(E.indptr), 1)
-        self.weight = torch.as_tensor(weight / weight.mean(), dtype=torch.float32, device=device) # of a row of 0 and 1: 1
+        self.weight = torch.as_tensor(weight / weight.mean(), dtype=torch.float32, device=device)
         start = torch.randn(E.shape[1], cfg.emb_dim, generator=torch_rng(cfg.seed, "elsa")) * cfg.emb_dim ** -.5
         self.item = nn.Parameter(start.to(device))
 
