@@ -129,7 +129,7 @@ def _pick_engine(index: ItemIndex, engine: str, n_users: int) -> str:
                         "make it with index_items(item_emb, int8=True).")
     if engine != "auto": return engine
     if index.codes is not None: return "int8"
-    return "torch" if n_users > 1 and "torch" in sys.modules else "numpy"
+    return "torch" if n_users > 1 and sys.modules.get("torch") else "numpy"
 
 # %% ../../nbs/41_serve.topk.ipynb #383acfc4
 def _tile_product(index, users, engine): # -> function(lo, hi, out)
