@@ -131,6 +131,8 @@ def test_every_notebook(path):
     assert re.match(r"# .+\n\n> \S.+", first), "no title with a summary line"
     assert not [line for c in every for line in source(c).split("\n") if len(line) > 120]
     assert any(c["outputs"] for c in every), "was not executed"
+    drawn = [c for c in every if re.search(r"\bplot_\w+\(", source(c)) and not source(c).startswith("#| export")]
+    assert not [c["id"] for c in drawn if not any("image/png" in o.get("data", {}) for o in c["outputs"])], "lacks a figure"
     for private in ("/root/", "/home/", "/work/", str(ROOT)): assert private not in text, f"holds {private}"
     said = "\n".join(map(source, cells(path))).lower()
     assert not [w for w in WORDS if re.search(rf"\b{w.replace('_', ' ')}\b", said)]

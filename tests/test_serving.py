@@ -588,6 +588,14 @@ def test_damage_gives_one_line_or_a_whole_student(shop, tmp_path, n_cases=300):
     assert len(ask(Recommender.load(tmp_path / "a"))) == 6
 
 
+def test_a_batch_without_codes_and_without_torch_is_searched_by_numpy(monkeypatch):
+    "As on a processor without the 8-bit search, where torch is not installed."
+    monkeypatch.setitem(sys.modules, "torch", None)
+    users, items = np.random.default_rng(0).standard_normal((2, 9, 4)).astype(np.float32)
+    found, wanted = exact_topk(users, index_items(items, int8=False), 3), full_sort_topk(users, items, 3)
+    assert all(map(np.array_equal, found, wanted))
+
+
 def test_loading_and_answering_need_no_torch(shop, tmp_path):
     shop.save(tmp_path / "a")
     code = """import sys
