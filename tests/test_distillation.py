@@ -7,6 +7,8 @@ import scipy.sparse as sp
 import torch
 
 from sharp_distill.core import Config, UserError
+from sharp_distill.experiments.grid import TARGETS, Change, config_from, make_job
+from sharp_distill.experiments.run import RunConfig
 from sharp_distill.data.evaluation import evaluate
 from sharp_distill.data.interactions import make_sample
 from sharp_distill.data.split import make_split
@@ -14,8 +16,10 @@ from sharp_distill.models import teacher as teacher_module
 from sharp_distill.models.distillation import (
     NoDistillationConfig, StudentConfig, TargetConfig, distill, gather_targets)
 from sharp_distill.models.published import PublishedTargetConfig, with_switches
+from sharp_distill.models.rank_distillation import RankTargetConfig
 from sharp_distill.models.student import student_scorer, user_row
 from sharp_distill.models.teacher import PartsConfig, TeacherConfig, teacher_scorer, train_teacher
+from sharp_distill.models import training
 from sharp_distill.models.training import History
 from sharp_distill.text.reviews import encode_reviews
 
@@ -185,8 +189,41 @@ def test_each_switch_changes_the_first_loss(small, teacher, switch):
     assert abs(loss[0] - loss[1]) > 1e-3
 
 
+@pytest.mark.parametrize("ranks", ["rrd", "unkd"])
+def test_losses_on_ranks_teach_the_order(small, teacher, ranks):
+    form = RankTargetConfig(init="random", ranks=ranks, n_drawn=20)
+    cfg = StudentConfig(emb_dim=8, epochs=12, batch_size=64)
+    taught, untaught = (distill(teacher, *small, cfg.replace(epochs=n), form) for n in (12, 0))
+    losses = [r["ranks"] for r in taught.history.rows]
+    assert losses[-1] < losses[0] - .1 and taught.valid["fidelity"] > 1.5 * untaught.valid["fidelity"]
+    assert type(taught.target_config) is RankTargetConfig
+
+
+def test_experts_are_trained_and_thrown_away(small, teacher, tmp_path):
+    form = RankTargetConfig(experts=2, n_drawn=20)
+    cfg = StudentConfig(emb_dim=8, epochs=4, batch_size=64)
+    whole = distill(teacher, *small, cfg, form)
+    errors = [r["experts"] for r in whole.history.rows]
+    assert errors[-1] < .9 * errors[0] and whole.n_params == distill(teacher, *small, cfg.replace(epochs=0)).n_params
+    path, calls, write = tmp_path / "student", [], training.save_checkpoint
+    def stop(*given):
+        write(*given); calls.append(1)
+        if len(calls) == 2: raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training, "save_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt): distill(teacher, *small, cfg, form, checkpoint=path)
+    resumed = distill(teacher, *small, cfg, form, checkpoint=path)
+    assert np.array_equal(resumed.user_emb, whole.user_emb) and [r["experts"] for r in resumed.history.rows] == errors
+
+
+def test_a_grid_finds_the_form_by_its_options():
+    job = make_job(RunConfig(), Change("ranks", targets=dict(ranks="unkd")))
+    assert config_from(job.targets, *TARGETS) == RankTargetConfig(ranks="unkd")
+    assert config_from(make_job(RunConfig()).targets, *TARGETS) == TargetConfig()
+
+
 @pytest.mark.parametrize("cfg", [TeacherConfig.published(), StudentConfig.published(), TargetConfig.published(),
-                                 NoDistillationConfig(lr=.1)])
+                                 NoDistillationConfig(lr=.1), RankTargetConfig(ranks="unkd", experts=3)])
 def test_configs_travel_as_dictionaries(cfg):
     assert type(cfg).from_dict(cfg.to_dict()) == cfg and cfg.sha() != type(cfg)().sha()
 

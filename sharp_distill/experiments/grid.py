@@ -36,7 +36,7 @@ from ..data.protocol import SplitConfig
 from ..data.sources import find_local
 from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, encode_reviews
-from ..models import distillation, item_filter, published, student, teacher, training
+from ..models import distillation, item_filter, published, rank_distillation, student, teacher, training
 from ..models.distillation import DistilledConfig, StudentConfig, TargetConfig, distill, gather_targets
 from ..models.item_filter import filter_scores
 from ..models.published import PublishedStudentConfig, PublishedTargetConfig, PublishedTeacherConfig
@@ -62,7 +62,7 @@ class Job(Config):
     reviews: dict = field(default_factory=dict) # Options of `ReviewConfig`
     teacher: dict = field(default_factory=dict) # Of `TeacherConfig`, or of its published form
     student: dict = field(default_factory=dict) # Of `StudentConfig`, or of its published form
-    targets: dict = field(default_factory=dict) # Of `TargetConfig`, or of its published form
+    targets: dict = field(default_factory=dict) # Of `TargetConfig`, or of another form of it
     data: DataConfig = part(DataConfig)
     protocol: SplitConfig = part(SplitConfig)
 
@@ -72,7 +72,7 @@ class Job(Config):
 # %% ../../nbs/53_experiments.grid.ipynb #f584546c
 TEACHERS = TeacherConfig, PublishedTeacherConfig
 STUDENTS = StudentConfig, PublishedStudentConfig
-TARGETS = (TargetConfig, PublishedTargetConfig)
+TARGETS = TargetConfig, PublishedTargetConfig, rank_distillation.RankTargetConfig
 
 
 def config_from(options: dict, *kinds): # `Config` classes, the plainest first
@@ -88,7 +88,7 @@ class Change:
     run: dict = field(default_factory=dict) # Options of `RunConfig`
     teacher: dict = field(default_factory=dict) # Of `TeacherConfig` or its published form
     student: dict = field(default_factory=dict) # Of `StudentConfig` or its published form
-    targets: dict = field(default_factory=dict) # Of `TargetConfig` or its published form
+    targets: dict = field(default_factory=dict) # Of `TargetConfig` or another form of it
     reviews: dict = field(default_factory=dict) # Of `ReviewConfig`
     job: dict = field(default_factory=dict) # Of `Job`
 
@@ -108,14 +108,14 @@ def make_job(cfg: RunConfig, change: Change = Change("full"), seed: int | None =
     merged = lambda base, changes, *kinds: config_from(base.flat() | changes, *kinds).flat()
     job = Job(data=run.data, protocol=run.protocol, seed=run.seed, encoder=run.encoder,
               content=_content(run.data.dataset), reviews=merged(run.reviews, change.reviews, ReviewConfig),
-              teacher=merged(teacher_config(run), change.teacher, TeacherConfig, PublishedTeacherConfig),
+              teacher=merged(teacher_config(run), change.teacher, *TEACHERS),
               student=merged(student, change.student, *STUDENTS),
-              targets=merged(ours.targets, change.targets, TargetConfig, PublishedTargetConfig)).replace(**change.job)
+              targets=merged(ours.targets, change.targets, *TARGETS)).replace(**change.job)
     method(job.model)
     return job
 
 # %% ../../nbs/53_experiments.grid.ipynb #fe06925e
-_STATES = (teacher, student, distillation, published, training, item_filter) # modules whose dataclasses may be stored
+_STATES = (teacher, student, distillation, published, rank_distillation, training, item_filter) # their dataclasses
 
 
 def _put(arrays, a): # numpy or torch -> its key

@@ -137,7 +137,9 @@ def distillation_changes(cfg: RunConfig) -> list:
     if cfg.split in CUT_IN_TIME: teachers["SASRec and all"] = dict(sequence="sasrec+text")
     widths = [c for d in WIDTHS for c in both(f"{d} dimensions", d)]
     parts = [c for name, teacher in teachers.items() for c in both(f"of {name}", **teacher)]
-    return [*widths, *parts, Change("with the published contrast", targets=dict(contrast="published"))]
+    others = {"with the published contrast": dict(contrast="published"), "RRD for soft labels": dict(ranks="rrd"),
+              "DE-RRD for soft labels": dict(ranks="rrd", experts=5), "UnKD for soft labels": dict(ranks="unkd")}
+    return [*widths, *parts, *(Change(name, targets=options) for name, options in others.items())]
 
 # %% ../../nbs/54_experiments.studies.ipynb #706f9851
 ANALYSES = ("components", "knowledge_transfer", "attention", "losses", "text", "distillation", "time")

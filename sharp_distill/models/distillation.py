@@ -317,6 +317,7 @@ def distill(teacher: TeacherState | None, # None: hard labels only
         if teacher and target_cfg.init == "svd":
             init_from_svd(model, recent if half_life else train, targets, target_cfg.init_ridge)
         known = prepare_targets(target_cfg, targets, teacher, device) if teacher else None
+        model.trained_beside = getattr(known, "trained_beside", None)
     now = lambda: freeze_student(model, train, split, reviews)
     score = lambda: present_scores(model, now, lambda s, u: student_scores(s, s.user_emb[u]))
     ndcg, asked = lambda: valid_ndcg(score(), split), lambda: fidelity(score(), targets.soft, train)
@@ -329,8 +330,7 @@ def distill(teacher: TeacherState | None, # None: hard labels only
     history = fit(model, rows, loss, asked if by_fidelity else ndcg, cfg, checkpoint, "student", also, weight)
     valid |= dict(student=ndcg(), best_epoch=history.best_epoch, **(dict(fidelity=asked()) if teacher else {}))
     train_s, state = (targets.gather_s if teacher else 0.) + setup.s + history.train_s, now()
-    item_map = ridge_map(model.x_item.cpu().numpy(), state.item_emb, ITEM_RIDGE) # for items to come
-    at = query_time(split.train) if half_life or state.trend_weight else 0
-    state = replace(state, item_map=item_map, half_life=half_life, at=at,
-                    trend_half_life=float(teacher.chosen.get("trend_half_life", 0.)) if state.trend_weight else 0.)
-    return replace(state, target_config=target_cfg, valid=valid, train_s=train_s, history=history)
+    return replace(state, half_life=half_life, target_config=target_cfg, valid=valid, train_s=train_s, history=history,
+                   item_map=ridge_map(model.x_item.cpu().numpy(), state.item_emb, ITEM_RIDGE), # for items to come
+                   at=query_time(split.train) if half_life or state.trend_weight else 0,
+                   trend_half_life=float(teacher.chosen.get("trend_half_life", 0.)) if state.trend_weight else 0.)
