@@ -19,6 +19,7 @@ OPTIONS = (("--split", "temporal", "protocol of the split"), ("--cuts", 3, "test
            ("--models", "all", "models, separated by commas"), ("--trials", 12, "settings a model, over all windows"),
            ("--tune-s", 60., "seconds of trials a model and window, after which no further one begins"),
            ("--seeds", 5, "rows of a trained model, in each window"), ("--encoder", "tfidf", "review vectors"),
+           ("--min-rating", 0., "leave out lower ratings; 0 keeps all"),
            ("--limit-s", float("inf"), "seconds after which nothing is begun"),
            ("--only-cuts", "", "windows of this process, such as 0,1; empty: all"),
            ("--board-dir", str(Path(__file__).parent.parent / "outputs/leaderboard"), "folder of the leaderboards"))
@@ -32,7 +33,8 @@ def main(words=None) -> list: # The rows
     given, began = parser.parse_args(words), time.time()
     cfg = BoardConfig.from_dict(dict(
         dataset=given.dataset, split=given.split, cuts=given.cuts, eval_targets=given.eval_targets,
-        encoder=given.encoder, n_trials=given.trials, tune_s=given.tune_s, n_seeds=given.seeds))
+        encoder=given.encoder, min_rating=given.min_rating, n_trials=given.trials, tune_s=given.tune_s,
+        n_seeds=given.seeds))
     cuts, names = numbers(given.only_cuts, "only-cuts", int) if given.only_cuts else None, model_names(given.models)
     report = lambda line: print(f"{time.time() - began:6.0f} s  {line}", flush=True)
     rows = run_board(given.board_dir, cfg.name, cfg.fits(cuts), names, cfg.budget, given.limit_s, report)

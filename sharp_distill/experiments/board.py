@@ -172,7 +172,7 @@ def _each(fits) -> list: return list(fits) if isinstance(fits, (list, tuple)) el
 
 def _about(windows: list, old: dict) -> dict: # The split, or the windows known so far
     s = windows[0].split
-    about = dict(protocol=s.protocol, seed=s.seed)
+    about = dict(protocol=s.protocol, seed=s.seed, least_rating=float(s.train.rating.min()))
     if s.protocol != "temporal":
         return about | dict(sha=s.sha, n_users=s.n_users, n_items=s.n_items, train=len(s.train), valid=len(s.valid),
                             test=len(s.test))
@@ -374,8 +374,8 @@ class BoardConfig(Config):
     rerun: str = option("", "models whose rows are fitted again and compared")
     against: str = option("student", "the model that every other is tested against")
     new_items: int = option(0, "seeds with which new items are measured again; 0 reads what is stored", lo=0)
-    other_splits: int = option(0, "further splits on which the finalists are fitted again; 0 reads what is stored",
-                               lo=0)
+    other_splits: int = option(0, "further splits for the finalists; 0 reads what is stored", lo=0)
+    min_rating: float = option(0., "leave out lower ratings; 0 keeps all")
     encoder: str = option("tfidf", "review vectors of competing models, teacher and student")
     protocol: WindowsConfig = part(WindowsConfig)
     budget: Budget = part(Budget)
@@ -385,7 +385,7 @@ class BoardConfig(Config):
 
     def fits(self, only_cuts=None) -> list: # A `Fits` a window; one where there are none
         "Split the data as the leaderboard asks, and encode the reviews of each window."
-        data, found, protocol = load_interactions(self.dataset), [], self.protocol
+        data, found, protocol = load_interactions(self.dataset, min_rating=self.min_rating), [], self.protocol
         if protocol.split != "temporal": protocol = protocol.replace(cuts=1)
         for cut in range(protocol.cuts) if only_cuts is None else only_cuts:
             split = protocol.make(data, 0, cut)
