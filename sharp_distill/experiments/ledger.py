@@ -20,9 +20,10 @@ from ..data.split import Split
 COLUMNS = ["when", "dataset", "data_sha", "split_sha", "protocol", "cut", "record", "models", "why"]
 
 
-def ledger_path(folder) -> Path: # `folder`: of outputs, or of the leaderboards within
+def ledger_path(folder) -> Path: # `folder`: of outputs, of the leaderboards, or within them
     "Name the ledger of an output folder."
     folder = Path(folder)
+    if (folder.parent / "ledger.json").exists(): return folder.parent / "ledger.json" # shared with those above
     return (folder if folder.name == "leaderboard" else folder / "leaderboard") / "ledger.json"
 
 
