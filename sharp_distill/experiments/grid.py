@@ -189,19 +189,19 @@ def cached(folder: Path, # Made by `cache_dir`
 class JobFits(Fits):
     "Fits whose teachers are trained once for all jobs."
     share: bool = True # False: trained here
-
+    def _place(self, kind: str, cfg) -> Path: # A folder of a teacher's options
+        return cache_dir(kind, content_sha(self.split.sha, self.reviews.encoder, self.review_config.to_dict(),
+                                           type(cfg).__name__, cfg.to_dict()))
     @property
-    def folder(self) -> Path: # Of the teacher that the options ask for, and of its targets
-        cfg = self.config("teacher")
-        return cache_dir("teachers", content_sha(self.split.sha, self.reviews.encoder, self.review_config.to_dict(),
-                                                 type(cfg).__name__, cfg.to_dict()))
+    def folder(self) -> Path: return self._place("teachers", self.config("teacher")) # With its targets
 
     def fit(self, name: str, seed: int = 0) -> Scorer:
         "Return a method with its chosen options; a teacher is read from the cache where it is known."
         if name != "teacher" or not self.share: return super().fit(name, seed)
-        cfg, folder = self.config(name), self.folder
-        make = lambda: train_teacher(self.split, self.reviews, cfg, checkpoint=folder / "training.safetensors")
-        kept = lambda: replace(teacher_scorer(cached(folder, name, make)), config=cfg.flat())
+        cfg, at = self.config(name), self._place("networks", self.config(name).of_networks)
+        def make(): # teachers with the same networks share their training
+            with FileLock(at / ".lock"): return train_teacher(self.split, self.reviews, cfg, at / "fit.safetensors")
+        kept = lambda: replace(teacher_scorer(cached(self.folder, name, make)), config=cfg.flat())
         return self.keep((name, cfg.sha()), kept)
 
     def targets(self, teacher, cfg: DistilledConfig): # A TeacherState -> DistillationTargets, computed once for all

@@ -77,7 +77,8 @@ class TeacherConfig(TrainConfig):
     align_weight: float = option(.1, "weight of the cross-modal InfoNCE (4)", lo=0.)
     row_half_life: float = option(-1., f"{BY_AGE}; -1: chosen, where the split is cut in time", lo=-1.)
     parts: PartsConfig = part(PartsConfig)
-
+    @property
+    def of_networks(self): return self.replace(parts=PartsConfig(session_weight=self.parts.session_weight))
     @classmethod
     def published(cls):
         "Return the paper's settings, with its layers and its scoring network."
@@ -339,9 +340,9 @@ def fuse(state: TeacherState, split, found: ItemFilter | None = None, # A fitted
             weights, best = choose_weights({n: parts[n] for n in sorted(parts, key=alone.get, reverse=True)}, split)
             valid = dict(alone=alone, fused=best)
     seconds = sum(part.train_s for part in (found, sequence) if part is not None)
-    used = "sasrec+text" if weights.get("sequence") else "none"
-    chosen = state.chosen | dict(weights=weights_text(weights), sequence=used)
-    return replace(state, weights=weights, valid=state.valid | valid | dict(weights=weights), chosen=chosen,
+    chosen = dict(weights=weights_text(weights), sequence="sasrec+text" if weights.get("sequence") else "none")
+    return replace(state, weights=weights, valid=state.valid | valid | dict(weights=weights),
+                   chosen=state.chosen | chosen,
                    train_s=state.train_s + seconds + t.s)
 
 # %% ../../nbs/35_models.teacher.ipynb #6e7a1301
@@ -351,7 +352,7 @@ ROW_HALF_LIVES = (0., 60., 240.) # days, tried where validation chooses one
 def train_networks(split, reviews, cfg: TeacherConfig, # With its `row_half_life`
                    checkpoint=None) -> TeacherState: # File to continue from
     "Train the networks alone, with early stopping on validation NDCG@10."
-    train, sessions = split.train.to_csr(), teacher_sessions(split, cfg)
+    train, sessions, cfg = split.train.to_csr(), teacher_sessions(split, cfg), cfg.of_networks
     model = build_network(cfg, train, reviews, pick_device(cfg.device), sessions)
     now = lambda: freeze_teacher(model, train, split, reviews)
     history = fit(model, (split.train.user_idx, split.train.item_idx),
@@ -364,8 +365,8 @@ def train_networks(split, reviews, cfg: TeacherConfig, # With its `row_half_life
 
 def choose_networks(split, reviews, cfg: TeacherConfig, checkpoint=None) -> TeacherState:
     "Train the networks on rows drawn by age, once for each half-life that is tried; validation keeps one."
-    tried = (cfg.row_half_life,) if cfg.row_half_life >= 0 else ROW_HALF_LIVES
-    if cfg.row_half_life < 0 and split.protocol not in CUT_IN_TIME: tried = (0.,)
+    tried = ROW_HALF_LIVES if split.protocol in CUT_IN_TIME else (0.,)
+    if cfg.row_half_life >= 0: tried = (cfg.row_half_life,)
     path = lambda h: checkpoint and (Path(f"{checkpoint}.{h:g}") if len(tried) > 1 else checkpoint)
     found = [train_networks(split, reviews, cfg.replace(row_half_life=h), path(h)) for h in tried]
     best = max(found, key=lambda s: s.history.best_valid) if len(found) > 1 else found[0]
