@@ -388,8 +388,8 @@ def launch(jobs, # `Job`s; equal ones are run once
     "Run every job that is not finished; a failed one does not stop the others."
     jobs = _in_rounds(list({job.run_id: job for job in jobs}.values()))
     if not jobs: raise UserError("the grid is empty: expected at least one job.")
-    root, rows, threads = Path(cfg.output_dir).resolve(), [], 0 if cfg.cluster else max(1,
-        (os.cpu_count() or 1) // cfg.workers)
+    root, rows = Path(cfg.output_dir).resolve(), []
+    threads = 0 if cfg.cluster else max(1, torch.get_num_threads() // cfg.workers) # no more than are given to this one
     with only_one(root / "runs", content_sha(sorted(j.run_id for j in jobs))), executor(cfg) as pool:
         futures = [pool.submit(run_job_apart, job.to_dict(), str(root), cfg.time_limit_s, threads) for job in jobs]
         bar = progress(as_completed(futures), "runs", total=len(futures))
