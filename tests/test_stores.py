@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sharp_distill.core import UserError, read_json
@@ -23,7 +24,8 @@ from sharp_distill.text import encoder_adapting
 from sharp_distill.text.vector_cache import cached_vectors, read_vectors
 
 fork = multiprocessing.get_context("fork") # the libraries are loaded once
-SPLIT = SimpleNamespace(sha="abc", protocol="random", cut=0, seed=0, n_users=5, n_items=9, train=(), valid=(), test=())
+ROWS = pd.DataFrame(dict(rating=[1.])) # stands in for train rows
+SPLIT = SimpleNamespace(sha="abc", protocol="random", cut=0, seed=0, n_users=5, n_items=9, train=ROWS, valid=(), test=())
 
 
 def race(work, n=4, seconds=60): # -> [work(0), ..., work(n - 1)], each in a process of its own
