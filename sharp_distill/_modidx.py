@@ -2049,6 +2049,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'sharp_distill/models/distillation.py'),
                                                    'sharp_distill.models.distillation.freeze_student': ( 'models.distillation.html#freeze_student',
                                                                                                          'sharp_distill/models/distillation.py'),
+                                                   'sharp_distill.models.distillation.hard_loss': ( 'models.distillation.html#hard_loss',
+                                                                                                    'sharp_distill/models/distillation.py'),
                                                    'sharp_distill.models.distillation.init_from_svd': ( 'models.distillation.html#init_from_svd',
                                                                                                         'sharp_distill/models/distillation.py'),
                                                    'sharp_distill.models.distillation.prepare_targets': ( 'models.distillation.html#prepare_targets',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ITEM_RIDGE', 'LARGE_STEPS', 'StudentConfig', 'NoDistillationConfig', 'IdOnlyConfig', 'DistilledConfig',
            'StudentModule', 'build_student', 'freeze_student', 'ridge_map', 'solve_together', 'fit_messages',
-           'init_from_svd', 'soft_share', 'soft_loss', 'distill_loss', 'fidelity', 'check_inputs', 'prepare_targets',
-           'student_half_life', 'distill']
+           'init_from_svd', 'soft_share', 'soft_loss', 'hard_loss', 'distill_loss', 'fidelity', 'check_inputs',
+           'prepare_targets', 'student_half_life', 'distill']
 
 # %% ../../nbs/37_models.distillation.ipynb #df050349
 from dataclasses import dataclass, replace
@@ -227,6 +227,17 @@ def soft_loss(model: StudentModule, soft: SoftLabels, zu, zi, # Rows of the batc
     return soft_label_loss(student, teacher, temp, logits if whole else torch.cat([student, logits], 1))
 
 # %% ../../nbs/37_models.distillation.ipynb #c0c1320e
+def hard_loss(model: StudentModule, zu, zi, # Rows of the batch's users [G, d], all items [I, d]
+              who, at, items, # int64 [G]; [B] places in it, and items
+              train: sp.csr_matrix, beta: float, gen: torch.Generator) -> tuple: # (loss, candidates [n], logits [G, n])
+    "Score drawn candidates, and return the ranking loss of a batch unless soft labels take all of it."
+    options = model.cfg
+    candidates = sample_candidates(train.shape[1], options.n_negatives, gen).to(zu.device)
+    logits = mask_train(model.logits(zu, zi[candidates]), who, candidates, train)
+    own = model.pair_logits(zu[at], zi[items][:, None])[:, 0]
+    return ranking_loss(options.loss, own, logits, at) if beta < 1 else 0., candidates, logits
+
+
 @singledispatch
 def distill_loss(cfg: TargetConfig, # Its type picks the form
                  model: StudentModule,
@@ -236,10 +247,8 @@ def distill_loss(cfg: TargetConfig, # Its type picks the form
     "Return the student's loss of one batch and its parts, equations (15) and (16)."
     (z_user, z_item), options = model(), model.cfg
     who, at = users.unique(return_inverse=True)
-    zu, candidates = z_user[who], sample_candidates(train.shape[1], options.n_negatives, gen).to(users.device)
-    logits = mask_train(model.logits(zu, z_item[candidates]), who, candidates, train)
-    own, beta = model.pair_logits(zu[at], z_item[items][:, None])[:, 0], soft_share(cfg, targets)
-    hard = ranking_loss(options.loss, own, logits, at) if beta < 1 else 0.
+    zu, beta = z_user[who], soft_share(cfg, targets)
+    hard, _, logits = hard_loss(model, zu, z_item, who, at, items, train, beta, gen)
     temp = temperature_at(epoch, options.epochs, cfg) if beta else 1.
     soft = soft_loss(model, targets.soft, zu, z_item, logits, who, temp) if beta else 0.
     total = (1 - beta) * hard + beta * soft + options.reg * l2_penalty(z_user[users], z_item[items])

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..core import Config, UserError, option, torch_rng
 from .hypergraphs import SparseOp, build_hypergraphs, position_features
-from .training import info_nce, l2_penalty, mask_train, ranking_loss, sample_candidates
+from .training import info_nce, l2_penalty
 from sharp_distill.models.teacher import (
     SIDES, PartsConfig, TeacherConfig, TeacherModule, TeacherState, build_network, hgnn_scores, network_scores,
     teacher_loss)
@@ -28,7 +28,7 @@ from .student import StudentState, row_scores
 from .targets import (
     DistillationTargets, SoftLabels, TargetConfig, annealed, soft_label_loss, temperature_at)
 from .distillation import (
-    StudentConfig, StudentModule, build_student, distill_loss, prepare_targets, soft_loss, soft_share)
+    StudentConfig, StudentModule, build_student, distill_loss, hard_loss, prepare_targets, soft_loss, soft_share)
 
 # %% ../../nbs/38_models.published.ipynb #800fb448
 @dataclass(frozen=True)
@@ -306,11 +306,8 @@ def _published_loss(cfg: PublishedTargetConfig, model, targets, train, users, it
     z, n_epochs = model(), model.cfg.epochs
     mixed = interpolate(z, targets.rows, annealed(cfg.gamma, 1., epoch, n_epochs))
     who, at = users.unique(return_inverse=True)
-    zu, zi = mixed[0][who], mixed[1]
-    candidates = sample_candidates(train.shape[1], model.cfg.n_negatives, gen).to(users.device)
-    logits = mask_train(model.logits(zu, zi[candidates]), who, candidates, train)
-    own, beta = model.pair_logits(zu[at], zi[items][:, None])[:, 0], soft_share(cfg, targets)
-    hard = ranking_loss(model.cfg.loss, own, logits, at) if beta < 1 else 0.
+    zu, zi, beta = mixed[0][who], mixed[1], soft_share(cfg, targets)
+    hard, _, logits = hard_loss(model, zu, zi, who, at, items, train, beta, gen)
     temp, soft = temperature_at(epoch, n_epochs, cfg), 0.
     if beta and cfg.soft_labels == "published": soft = published_soft_loss(model, targets.teacher, zu, zi, who, temp)
     elif beta: soft = soft_loss(model, targets.soft, zu, zi, logits, who, temp)

@@ -21,8 +21,8 @@ from ..device import back, held
 from .teacher import TeacherState
 from .teacher_products import user_blocks
 from .targets import DistillationTargets, TargetConfig, annealed, standard_scores
-from .training import l2_penalty, mask_train, ranking_loss, sample_candidates
-from .distillation import distill_loss, prepare_targets, soft_share
+from .training import l2_penalty
+from .distillation import distill_loss, hard_loss, prepare_targets, soft_share
 
 # %% ../../nbs/38_models.rank_distillation.ipynb #1e6a121a
 @dataclass(frozen=True)
@@ -190,11 +190,8 @@ def _expert_loss(cfg, targets, z, sides, epoch, n_epochs, gen):
 def _rank_loss(cfg: RankTargetConfig, model, targets, train, users, items, epoch, gen):
     z, n_epochs = model(), model.cfg.epochs
     who, at = users.unique(return_inverse=True)
-    zu, zi = z[0][who], z[1]
-    candidates = sample_candidates(train.shape[1], model.cfg.n_negatives, gen).to(users.device)
-    logits = mask_train(model.logits(zu, zi[candidates]), who, candidates, train)
-    own, beta = model.pair_logits(zu[at], zi[items][:, None])[:, 0], soft_share(cfg, targets)
-    hard = ranking_loss(model.cfg.loss, own, logits, at) if beta < 1 else 0.
+    zu, zi, beta = z[0][who], z[1], soft_share(cfg, targets)
+    hard, candidates, logits = hard_loss(model, zu, zi, who, at, items, train, beta, gen)
     if not beta: ranks = 0.
     elif cfg.ranks == "rrd": ranks = _listed_loss(cfg, model, targets.listed[who], zu, zi, candidates, logits, gen)
     else: ranks = _paired_loss(cfg, model, targets, who, zu, zi, train, gen)
