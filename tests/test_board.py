@@ -14,11 +14,11 @@ from sharp_distill.core import UserError, read_json
 from sharp_distill.data.evaluation import EvalResult
 from sharp_distill.experiments import board
 from sharp_distill.experiments.board import (
-    BoardConfig, acceptance_criteria, best_of, board_tests, made_of, missing_seeds, read_board, read_users, run_board, seed_values, users_frame)
+    BoardConfig, acceptance_criteria, best_of, board_tests, missing_seeds, read_board, read_users, run_board, seed_values, users_frame)
 from sharp_distill.experiments.rows import board_frame, fit_row, metric_frame, stratum_frame, temporal_frame
 from sharp_distill.experiments.search import Budget, _scale, first_setting
 from sharp_distill.experiments.searches import marked, search_frame, searches_rows
-from sharp_distill.models.registry import method, methods
+from sharp_distill.models.registry import made_of, method, methods
 
 FOLDER = ROOT / "outputs/leaderboard"
 COMMITTED = sorted(p.name.removesuffix(".users.npz") for p in FOLDER.glob("*.users.npz"))
@@ -180,6 +180,19 @@ def test_what_a_model_is_made_of_is_settled_first(in_time):
     assert made_of("student", fits[0]) == ["sasrec+text", "teacher"] and made_of("simrec", fits[0]) == ["lightgcn"] and made_of("ease", fits[0]) == []
     random = BoardConfig.from_dict(dict(dataset="sample", split="random")).fits()[0]
     assert made_of("student", random) == ["teacher"] and made_of("teacher", random) == []
+
+
+def test_a_teacher_is_trained_once_for_its_row_and_its_students(tmp_path, monkeypatch):
+    from sharp_distill.models import registry
+    cfg, trained, train = BoardConfig.from_dict(dict(dataset="sample", cuts=2)), [], registry.train_teacher
+    monkeypatch.setattr(registry, "train_teacher", lambda *a, **k: trained.append(a) or train(*a, **k))
+    (fits,), names = cfg.fits([1]), ["teacher", "student"]
+    for n in names: fits.options[n] = dict(epochs=1)
+    run_board(tmp_path, cfg.name, fits, names, Budget(n_trials=1, n_seeds=1))
+    trained.clear()
+    rows = run_board(tmp_path, cfg.name, fits, names, Budget(n_trials=1, n_seeds=2))
+    assert [(r["model"], r["seed"]) for r in rows] == [("teacher", 0), ("teacher", 1), ("student", 0), ("student", 1)]
+    assert len(trained) == 2 and not fits.memo # before the window and up to it, with the one new seed
 
 
 def test_the_page_of_a_temporal_leaderboard(in_time):

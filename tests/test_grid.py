@@ -44,6 +44,20 @@ def test_finished_runs_are_skipped(done, grid):
     assert before == {p: p.read_bytes() for p in out.rglob("run.json")}
 
 
+@pytest.mark.parametrize(("given", "workers", "each"), [(4, 2, 2), (4, 1, 4), (1, 2, 1)])
+def test_runs_share_the_threads_that_were_given(given, workers, each, grid, tmp_path, monkeypatch):
+    import torch
+
+    from sharp_distill.experiments import grid as module
+    seen, before = [], torch.get_num_threads()
+    done = dict(run_id=grid[0].run_id, status="done", seconds=0., reason="")
+    monkeypatch.setattr(module, "run_job_apart", lambda job, root, limit, threads: seen.append(threads) or done)
+    torch.set_num_threads(given)
+    try: launch(grid[:1], LaunchConfig(workers=workers, output_dir=str(tmp_path)))
+    finally: torch.set_num_threads(before)
+    assert seen == [each]
+
+
 def test_older_and_broken_records_are_done_again(done, grid, tmp_path):
     record = read_json(job_folder(grid[0], done[0]) / "run.json")
     for content in (json.dumps({**record, "format": 1}), json.dumps({"dataset": "sample"}), "{", "[]"):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OF_ITS_BYTES', 'board_name', 'board_path', 'board_names', 'read_board', 'read_users', 'put_row', 'users_frame',
-           'seed_values', 'board_tests', 'write_tests', 'missing_seeds', 'made_of', 'run_model', 'recall_options',
-           'run_board', 'refit_row', 'user_intervals', 'best_of', 'acceptance_criteria', 'WindowsConfig', 'BoardConfig',
+           'seed_values', 'board_tests', 'write_tests', 'missing_seeds', 'run_models', 'recall_options', 'run_board',
+           'refit_row', 'user_intervals', 'best_of', 'acceptance_criteria', 'WindowsConfig', 'BoardConfig',
            'model_names']
 
 # %% ../../nbs/56_experiments.board.ipynb #a432dd43
@@ -26,7 +26,7 @@ from ..data.sources import bare_name
 from ..data.split import PROTOCOLS, Split
 from ..data.tests_over_seeds import compare_over_seeds
 from ..text.reviews import encode_reviews
-from ..models.registry import Fits, method, methods
+from ..models.registry import Fits, fitted_together, made_of, method, methods
 from .ledger import note_reading
 from sharp_distill.experiments.rows import (
     board_frame, by_cut, by_model, fit_row, forget_seed, options_of, over_windows, stratum_frame, whole_models,
@@ -214,29 +214,20 @@ def missing_seeds(rows: list, name: str, options: dict, budget: Budget) -> list:
 def _rows_at(rows: list, split: Split) -> list: return [r for r in rows if r.get("cut", split.cut) == split.cut]
 
 
-def made_of(name: str, fits: Fits) -> list: # Names, each after what it is made of
-    "Return the methods that are fitted inside another on this split."
-    m, inner = method(name), []
-    if m.learns_from: inner += [*made_of(m.learns_from, fits), m.learns_from]
-    part = fits.config(name).flat().get("sequence", "none")
-    return inner if part == "none" else [*inner, part]
-
-
-def run_model(folder, board: str, name: str, fits: Fits, budget: Budget, # Of this window
-              until: float = np.inf) -> dict | None: # Its search, if complete
-    "Tune one model, then fit and write its missing rows; what it is made of is tuned before."
-    m, in_time = searched(name, fits), fits.split.protocol == "temporal"
-    for other in made_of(name, fits):
-        if not _settled(folder, board, other, fits, budget, until): return None
-    study = tune(name, fits, budget, until=until)
-    if wants_more(study, m, budget): return None
-    cfg, options = _take(name, fits, chosen(study, m)), chosen(study, m)
-    rows = _rows_at(read_board(folder, board, begun=False), fits.split)
-    for seed in missing_seeds(rows, name, options, budget):
-        if time.time() > until: return None
-        put_row(folder, board, fits.split, *fit_row(name, fits, _seeded(cfg, seed)))
-        if in_time: forget_seed(fits)
-    return search_row(study, budget) | ({"cut": fits.split.cut} if in_time else {})
+def run_models(folder, board: str, names, # Of one group
+               fits: Fits, budget: Budget, # Of this window
+               until: float = np.inf) -> dict: # Model -> its search, of those that are complete
+    "Tune the models of a group, then fit and write their missing rows, seed by seed."
+    found = {n: s for n in names if (s := _tuned(folder, board, n, fits, budget, until))}
+    rows, at = _rows_at(read_board(folder, board, begun=False), fits.split), {}
+    lack = {n: missing_seeds(rows, n, chosen(s, searched(n, fits)), budget) for n, s in found.items()}
+    for seed in sorted({s for seeds in lack.values() for s in seeds}):
+        for n in [n for n in lack if seed in lack[n] and time.time() <= until]:
+            put_row(folder, board, fits.split, *fit_row(n, fits, _seeded(fits.config(n), seed)))
+            lack[n].remove(seed)
+        forget_seed(fits)
+    if fits.split.protocol == "temporal": at = {"cut": fits.split.cut}
+    return {n: search_row(s, budget) | at for n, s in found.items() if not lack[n]}
 
 # %% ../../nbs/56_experiments.board.ipynb #1554a64f
 def _take(name: str, fits: Fits, options: dict) -> Config: # The method's config with them
@@ -259,12 +250,14 @@ def recall_options(fits: Fits, rows: list = (), budget: Budget | None = None,
     return found
 
 
-def _settled(folder, board, name, fits, budget, until) -> bool: # Whether a part of another model has its options
-    if recall_options(fits, read_board(folder, board, begun=False), budget, [name]): return True
+def _tuned(folder, board, name, fits, budget, until): # Its ended study, whose options are taken; or None
+    for other in made_of(name, fits):
+        known = recall_options(fits, read_board(folder, board, begun=False), budget, [other])
+        if not known and not _tuned(folder, board, other, fits, budget, until): return None
     study = tune(name, fits, budget, until=until)
-    if wants_more(study, searched(name, fits), budget): return False
+    if wants_more(study, searched(name, fits), budget): return None
     _take(name, fits, chosen(study, searched(name, fits)))
-    return True
+    return study
 
 # %% ../../nbs/56_experiments.board.ipynb #1554a64e
 def _windows_of(fits, only_cuts) -> list: # Those of `Fits` that are asked for
@@ -281,19 +274,20 @@ def run_board(folder, board: str, fits, # A `Fits`, or one a window
               report=None, # Called with a line of progress
               only_cuts=None, # Windows, where other processes work on the others; None: all
              ) -> list: # The rows
-    "Bring a leaderboard up to date, model by model, window by window, seed by seed."
+    "Bring a leaderboard up to date: by groups of models, windows and seeds."
     until, windows = time.time() + limit_s, _windows_of(fits, only_cuts)
-    for name in names or methods():
-        searches = []
+    for group in fitted_together(names or methods()):
+        searches = {}
         for f in windows:
             if time.time() > until: break
-            with Stopwatch() as w: done = run_model(folder, board, name, f, budget.share(f.split), until)
-            if done: searches.append(done)
+            with Stopwatch() as w: done = run_models(folder, board, group, f, budget.share(f.split), until)
+            for n, search in done.items(): searches.setdefault(n, []).append(search)
             at = f", cut {f.split.cut}" if f.split.protocol == "temporal" else ""
-            if report: report(f"{board} {name}{at}: {'complete' if done else 'not complete'}, {w.s:.0f} s")
+            ended = "complete" if len(done) == len(group) else "not complete"
+            if report: report(f"{board} {', '.join(group)}{at}: {ended}, {w.s:.0f} s")
             if at: [g.memo.clear() for g in (f, vars(f).get("refitted")) if g] # only one window is held
-        done = {name: searches if "cut" in searches[0] else searches[0]} if searches else {}
-        if done: write_tests(folder, board, windows, read_board(folder, board), done)
+        found = {n: s if "cut" in s[0] else s[0] for n, s in searches.items()}
+        if found: write_tests(folder, board, windows, read_board(folder, board), found)
     return read_board(folder, board)
 
 # %% ../../nbs/56_experiments.board.ipynb #19731569

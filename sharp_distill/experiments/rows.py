@@ -61,8 +61,12 @@ def window_facts(split: Split) -> dict: # Ready for JSON
     return Window(split, joined, cold_half_life(split), {"": asked}).facts()
 
 # %% ../../nbs/55_experiments.rows.ipynb #db271450
+def _fitted(name, fits, cfg) -> Scorer: # Once, for its own row and under a student
+    return fits.keep((name, cfg.sha()), lambda: fit_method(name, fits.split, fits.reviews, cfg, fits))
+
+
 def _window_row(name, fits, cfg): # (row, EvalResult)
-    first = fit_method(name, fits.split, fits.reviews, cfg, fits)
+    first = _fitted(name, fits, cfg)
     fitted = read_test(fits, {name: first})
     (window,), joined = fitted.windows, fitted.last.split
     result, warm = window.results[name], window.warm[name]
@@ -77,7 +81,7 @@ def fit_row(name: str, fits: Fits, # The options of what the model learns from a
            ) -> tuple: # (row, EvalResult)
     "Fit a method and measure it on test; under a temporal split after a last fit on train and validation."
     if fits.split.protocol == "temporal": return _window_row(name, fits, cfg)
-    scorer = fit_method(name, fits.split, fits.reviews, cfg, fits)
+    scorer = _fitted(name, fits, cfg)
     return board_row(with_popularity_fallback(scorer, fits.split), fits.split, cfg.flat().get("seed", 0))
 
 # %% ../../nbs/55_experiments.rows.ipynb #c92daf18

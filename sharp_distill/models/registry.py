@@ -6,7 +6,7 @@
 __all__ = ['LOG_REG', 'WIDTH', 'GRAPH', 'EVIDENCE', 'RIDGE', 'WORDS', 'IDS', 'TEXT', 'AGED', 'FADING', 'FORMS', 'SPECTRUM',
            'ADAM', 'COSINES', 'RANKED', 'STACK', 'STACKED', 'TIMED', 'ORDER', 'ALONE', 'ItemRidgeConfig',
            'ItemRidgeNoSessionsConfig', 'shared_targets', 'methods_frame', 'GROUPS', 'Fits', 'Method', 'fit_method',
-           'method', 'methods', 'methods_for', 'refit', 'register']
+           'fitted_together', 'made_of', 'method', 'methods', 'methods_for', 'refit', 'register']
 
 # %% ../../nbs/39_models.registry.ipynb #84fc8a34
 from dataclasses import dataclass, replace
@@ -15,8 +15,9 @@ import pandas as pd
 
 from ..core import Config, option
 from ..plots.style import register_style
-from .method import (
-    _METHODS, GROUPS, Fits, Method, fit_method, method, methods, methods_for, refit, register) # noqa: F401
+from sharp_distill.models.method import (
+    _METHODS, GROUPS, Fits, Method, fit_method, fitted_together, made_of, method, methods, methods_for, refit, # noqa: F401
+    register) # noqa: F401
 from ..text.learned_words import text_forms
 from .item_filter import MAX_ITEMS
 from sharp_distill.models.baselines import (
@@ -42,7 +43,8 @@ from .distillation import (
     DistilledConfig, IdOnlyConfig, NoDistillationConfig, distill, gather_targets)
 from .targets import approximate, gather_soft_labels, standard_scores
 
-_all_ = ["GROUPS", "Fits", "Method", "fit_method", "method", "methods", "methods_for", "refit", "register"]
+_all_ = ["GROUPS", "Fits", "Method", "fit_method", "fitted_together", "made_of", "method", "methods", "methods_for",
+         "refit", "register"]
 
 # %% ../../nbs/39_models.registry.ipynb #bc1b47fe
 def _plain(fit): # Reads the split only
