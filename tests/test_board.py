@@ -41,7 +41,7 @@ def test_planted_means_meet_the_criteria():
     assert list(table["against"][:4]) == ["ease+tfidf", "ease+tfidf", "teacher", "student_no_kd"]
     assert list(table["holds"]) == [False, True, True, True, True] and np.isclose(table["ratio"].iloc[0], 1.04)
     assert stratum_frame(rows).loc["ease", "1-2"] == .08
-    controls = [row("svd+tfidf", .1), row("low_rank+tfidf", .102), row("userknn", .11)] # the last is not of the student's bytes
+    controls = [row("svd+tfidf", .1), row("low_rank+tfidf", .102), row("userknn", .11)] # the last is not of the student's width
     asked = acceptance_criteria([*rows, *controls]).loc["student over the best low-rank model without a teacher"]
     assert asked["against"] == "low_rank+tfidf" and np.isclose(asked["ratio"], .103 / .102) and not asked["holds"]
 

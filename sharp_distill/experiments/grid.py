@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'STUDENTS', 'TARGETS', 'CHILD', 'Job', 'config_from', 'Change', 'make_job', 'pack', 'unpack', 'cached',
-           'JobFits', 'job_fits', 'cka', 'alignment', 'run_job', 'job_folder', 'is_done', 'work', 'work_aloud',
-           'run_job_apart', 'LaunchConfig', 'executor', 'only_one', 'launch']
+           'JobFits', 'job_fits', 'run_job', 'job_folder', 'is_done', 'work', 'work_aloud', 'run_job_apart',
+           'LaunchConfig', 'executor', 'only_one', 'launch']
 
 # %% ../../nbs/53_experiments.grid.ipynb #f5cd00f6
 import hashlib
@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 
 from ..cluster import PlaceConfig, connect
 from ..core import (
-    Config, Stopwatch, UserError, cache_dir, content_sha, option, part, progress, rng, whole_file, write_json)
+    Config, Stopwatch, UserError, cache_dir, content_sha, option, part, progress, whole_file, write_json)
 from ..data.evaluation import Scorer
 from ..data.protocol import SplitConfig
 from ..data.sources import find_local
@@ -38,13 +38,13 @@ from ..text.encoders import encoder_revision
 from ..text.reviews import ReviewConfig, encode_reviews
 from ..models import distillation, item_filter, published, rank_distillation, student, teacher, training
 from ..models.distillation import DistilledConfig, StudentConfig, TargetConfig, distill, gather_targets
-from ..models.item_filter import filter_scores
 from ..models.published import PublishedStudentConfig, PublishedTargetConfig, PublishedTeacherConfig
 from ..models.registry import Fits, NoDistillationConfig, method
 from ..models.student import student_scorer
-from ..models.teacher import TeacherConfig, hgnn_scores, teacher_scorer, train_teacher
+from ..models.teacher import TeacherConfig, teacher_scorer, train_teacher
 from .latency import time_queries
-from .measure import Fitted, choose, over_windows, read_test
+from .ledger import note_reading
+from .measure import Fitted, alignment, choose, over_windows, read_test
 from .record import check_record, make_record
 from .run import DataConfig, RunConfig, student_config, teacher_config
 
@@ -222,26 +222,6 @@ def job_fits(job: Job, split, reviews) -> JobFits: # Of the same split
     if job.model not in fits.options: fits.options[job.model] = fits.config(job.model, **given)
     return fits
 
-# %% ../../nbs/53_experiments.grid.ipynb #b8f16fd1
-def cka(x, y) -> float: # [n, a], [n, b]; 0 to 1
-    "Return the linear centred kernel alignment of two representations of the same rows."
-    def gram(z):
-        z = np.asarray(z, np.float64); z = z - z.mean(0)
-        return z @ z.T
-    a, b = gram(x), gram(y)
-    return float((a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-12))
-
-# %% ../../nbs/53_experiments.grid.ipynb #9d37fdb6
-def alignment(teacher_state, student_state, split, reviews, n: int = 400) -> list: # [{"a", "b", "cka"}]
-    "Compare how teacher, its parts, the review vectors and the student see a sample of users."
-    users = rng(0, "alignment").permutation(split.n_users)[:n]
-    views = {"student": student_scorer(student_state)(users), "teacher": teacher_scorer(teacher_state)(users),
-             "networks": hgnn_scores(teacher_state, users), "text": reviews.user[users]}
-    if teacher_state.item_filter is not None:
-        views["item-item ridge"] = filter_scores(teacher_state.train[users], teacher_state.item_filter)
-    views = {name: np.asarray(rows) for name, rows in views.items() if np.ptp(rows) > 0}
-    return [dict(a=a, b=b, cka=cka(views[a], views[b])) for i, a in enumerate(views) for b in list(views)[i + 1:]]
-
 # %% ../../nbs/53_experiments.grid.ipynb #24c17556
 def _choose_job(job: Job, fits: JobFits, checkpoint) -> tuple: # ({name: Scorer} as validation chose them, facts)
     "Train what the job asks for."
@@ -262,9 +242,12 @@ def _as_student(fitted: Fitted) -> Fitted: # One name for the student, with and 
     return replace(fitted, results=named(fitted.results), windows=windows, scorers=named(fitted.scorers))
 
 # %% ../../nbs/53_experiments.grid.ipynb #b640e75e
-def run_job(job: Job, folder: Path) -> dict: # The record
+def run_job(job: Job, folder: Path, # Of its checkpoints
+            outputs=None, # Folder in whose ledger the readings of test are noted
+           ) -> dict: # The record
     "Train and measure one job; an interrupted student goes on from its checkpoint in `folder`."
-    found, told, encode_s = [], [], 0.
+    found, told, encode_s, name = [], [], 0., job.data.dataset_name
+    note = outputs and (lambda s: note_reading(outputs, s, name, job.run_id, len(chosen), "job of a grid", data.sha))
     with Stopwatch() as wall:
         data = job.data.load(n_users=job.n_users, seed=job.seed)
         for cut in range(job.protocol.cuts):
@@ -272,15 +255,15 @@ def run_job(job: Job, folder: Path) -> dict: # The record
             with Stopwatch() as t: reviews = encode_reviews(split, job.encoder, ReviewConfig.from_dict(job.reviews))
             fits, encode_s = job_fits(job, split, reviews), encode_s + t.s
             chosen, facts = _choose_job(job, fits, folder / f"student.{cut}.safetensors")
-            found.append(read_test(fits, chosen)); told.append(facts)
+            found.append(read_test(fits, chosen, note=note)); told.append(facts)
         fitted, last = _as_student(over_windows(found)), found[-1].last.split
         latency = time_queries(fitted.scorers, last.train.to_csr(), np.unique(last.test.user_idx), 10, 50)
     if "student" in facts: # what a sweep chooses by, over all windows
         facts["student"] = facts["student"] | dict(student=float(np.mean([f["student"]["student"] for f in told])))
     facts |= dict(run_id=job.run_id,
-                  config=job.to_dict() | dict(data=job.data.replace(dataset=job.data.dataset_name).to_dict()),
+                  config=job.to_dict() | dict(data=job.data.replace(dataset=name).to_dict()),
                   encode_s=encode_s, wall_s=wall.s, encoder_revision=encoder_revision(job.encoder))
-    return make_record("job", job.data.dataset_name, data, split, fitted.scorers, fitted.results, latency,
+    return make_record("job", name, data, split, fitted.scorers, fitted.results, latency,
                        fitted.windows, **facts)
 
 # %% ../../nbs/53_experiments.grid.ipynb #0dcc18c3
@@ -302,7 +285,7 @@ def work(job: Job, output_dir) -> Path: # The record
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         if is_done(job, output_dir): return folder / "run.json"
-        path = write_json(folder / "run.json", run_job(job, folder))
+        path = write_json(folder / "run.json", run_job(job, folder, output_dir))
         for left in folder.glob("student.*.safetensors"): left.unlink()
     return path
 

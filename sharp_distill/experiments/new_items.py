@@ -118,12 +118,15 @@ def measure_new_items(new: NewItems, scorers: dict,
 
 # %% ../../nbs/57_experiments.new_items.ipynb #744519fc
 def new_items_record(data: Interactions, name: str, seeds=(0,), share: float = .2, encoder: str = "tfidf",
-                     options: dict = {}) -> dict:
-    "Measure new items over several seeds of weights, on one draw of items; `options` of methods as for `Fits`."
+                     options: dict = {}, # Of methods, as for `Fits`
+                     note=None, # Called with the split and how many models read its test part
+                    ) -> dict:
+    "Measure new items over several seeds of weights, on one draw of items."
     new = hold_out_items(data, share)
     reviews, vectors = encode_new_items(new, encoder)
     fits, fixed = Fits(new.split, reviews, dict(options)), without_seed(new, reviews)
     trained = [with_seed(fits, new, vectors, s) for s in progress(list(seeds), "seeds")]
+    if note: note(new.split, len(fixed) + len(trained[0]))
     runs = [measure_new_items(new, t) for t in trained]
     over_seeds = lambda k, first: replace(first,
                                           metrics={m: np.mean([r[k].values(m) for r in runs], 0)

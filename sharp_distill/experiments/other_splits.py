@@ -16,6 +16,7 @@ from ..text.reviews import encode_reviews
 from ..models.registry import Fits, fit_method, method
 from .board import best_of, recall_options
 from .rows import board_frame, by_model, options_of
+from .search import Budget, chosen, search_row, searched, tune
 
 # %% ../../nbs/57_experiments.other_splits.ipynb #e15b0002
 def finalists(rows: list) -> list: # Names of models
@@ -31,22 +32,35 @@ def _split_fits(data, protocol: str, seed: int, encoder: str, rows: list) -> Fit
     return fits
 
 
+def _options_there(name, fits, known: dict, budget) -> tuple: # options, and what their search did: {} where none was
+    if budget is None or method(name).kind == "ours": return known, {}
+    study = tune(name, fits, budget)
+    return chosen(study, searched(name, fits)), search_row(study, budget)
+
+
 def other_splits_record(data, name: str, rows: list, seeds=(1, 2, 3, 4), protocol: str = "random",
-                        encoder: str = "tfidf", report=None) -> dict:
-    "Fit the finalists again, with a leaderboard's options, on other splits; the split's seed is the model's, too."
+                        encoder: str = "tfidf", report=None,
+                        budget: Budget | None = None, # Of a baseline's search on each split; None: the stored options
+                        note=None, # Called with a split and how many models read its test part
+                       ) -> dict:
+    "Fit the finalists again on other splits; the split's seed is the model's, too."
     if protocol not in ("random", "random_70_20_10", "global_random"):
         raise UserError(f"split is {protocol!r}, which gives the same parts for every seed: other splits need a "
                         f"random one.")
     names, options, results, shas = finalists(rows), {r["model"]: options_of(r) for r in rows}, {}, {}
+    did = {m: {} for m in names}
     for seed in seeds:
         fits = _split_fits(data, protocol, seed, encoder, rows)
         shas[str(seed)] = fits.split.sha
+        if note: note(fits.split, len(names))
         for m in names:
-            scorer = fit_method(m, fits.split, fits.reviews, fits.config(m, seed=seed).replace(**options[m]), fits)
+            there, did[m][str(seed)] = _options_there(m, fits, options[m], budget)
+            scorer = fit_method(m, fits.split, fits.reviews, fits.config(m, seed=seed).replace(**there), fits)
             results[m, seed] = evaluate(with_popularity_fallback(scorer, fits.split), fits.split, "test", ks=(10,))
             if report: report(f"{name}, split {seed}, {m}: {results[m, seed].mean():.4f}")
     rows_of = [dict(model=m, split=s, ndcg=r.mean()) for (m, s), r in results.items()]
     return dict(dataset=name, splits=shas, options={m: options[m] for m in names}, encoder=encoder, rows=rows_of,
+                searches={m: s for m, s in did.items() if any(s.values())},
                 tests=_tests_over_splits({m: over_splits([results[m, s] for s in seeds])
                                           for m in names}), versions=versions(), machine=machine())
 

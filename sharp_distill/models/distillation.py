@@ -168,7 +168,8 @@ def ridge_map(x: np.ndarray, y: np.ndarray, # [n, c], [n, d]
 # %% ../../nbs/37_models.distillation.ipynb #c5b7c502
 def solve_together(op: SparseOp, # E [U, I]
                    Y, # float32 [U, d], where the operator lies
-                   ridge: float, n_steps: int = 60): # -> Q float32 [I, d]
+                   ridge: float,
+                   n_steps: int = 60) -> torch.Tensor: # Q float32 [I, d]
     "Minimise |E Q - Y|² + ridge |Q|² by conjugate gradients, all columns at once."
     tiny, left, found = torch.finfo(torch.float32).tiny, Y, 0.
     step = slope = op.T @ Y
@@ -219,7 +220,8 @@ def soft_share(cfg: TargetConfig | None, targets) -> float: # beta, 0 to 1
 # %% ../../nbs/37_models.distillation.ipynb #3ecadd89
 def soft_loss(model: StudentModule, soft: SoftLabels, zu, zi, # Rows of the batch's users [G, d], all items [I, d]
               logits, # [G, n] of the candidates, -inf for train items
-              who, temp: float): # int64 [G]; T
+              who, # int64 [G]
+              temp: float): # T
     "Return the soft-label loss of a batch of users."
     items, teacher = take_rows(soft.items, who).long(), take_rows(soft.scores, who)
     whole = logits.shape[1] == len(zi)

@@ -115,7 +115,8 @@ def add_hyperedges(hg: Hypergraph, H: sp.csr_matrix, # [N, E'] incidence of the 
     return Hypergraph(sp.csr_matrix(sp.hstack([hg.H, H]), dtype=np.float32), w_e, hg.side)
 
 # %% ../../nbs/30_models.hypergraphs.ipynb #3b6c875d
-def to_torch(m: sp.spmatrix, device="cpu"): # [N, E]
+def to_torch(m: sp.spmatrix, # [N, E]
+             device="cpu"):
     "Return a scipy matrix as a torch CSR tensor (float32)."
     m = sp.csr_matrix(m, dtype=np.float32)
     with torch.sparse.check_sparse_tensor_invariants(), warnings.catch_warnings():

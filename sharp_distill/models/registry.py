@@ -300,9 +300,9 @@ def _fit_student(split, reviews, cfg, fits=None, watch=None):
     return student_scorer(distill(teacher, split, reviews, cfg.student, cfg.targets, targets))
 
 
-register(Method("student", "student", "vermilion", "o", "student", (*TEXT, "teacher"), DistilledConfig, _fit_student,
-                dict(lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"), init_ridge=(.003, .3, "log")),
-                learns_from="teacher", trained=True))
+register(Method("student", "student", "vermilion", "o", "student", (*TEXT, "times", "teacher"), DistilledConfig,
+                _fit_student, dict(lr=(.01, .06, "log"), score_exponent=(1., 2.5, "linear"),
+                                   init_ridge=(.003, .3, "log")), learns_from="teacher", trained=True))
 
 # %% ../../nbs/39_models.registry.ipynb #e5ffb989
 def methods_frame() -> pd.DataFrame: # One row a method

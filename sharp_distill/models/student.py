@@ -116,7 +116,7 @@ def new_item_row(state: StudentState,
 
 # %% ../../nbs/36_models.student.ipynb #759cc475
 def student_scorer(state: StudentState, name: str = "student"): # A Scorer
-    "Wrap a student for the evaluation; where validation picked the epoch, it is what a fit without one is told."
+    "Wrap a student for the evaluation; where validation picked the epoch, `chosen` tells it to a fit without one."
     from sharp_distill.data.evaluation import Scorer
     from sharp_distill.device import dot_scorer, holds, table_device # which asks torch
     rows = {} if state.head else dict(user_emb=state.user_emb, item_emb=state.item_emb)

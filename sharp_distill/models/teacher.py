@@ -256,7 +256,7 @@ def teacher_parts(state: TeacherState,
 
 
 def teacher_scores(state: TeacherState, user_idx: np.ndarray, # int64 [B]
-                   device="cpu"): # float32 [B, I], on a GPU a tensor
+                   device="cpu") -> np.ndarray: # float32 [B, I], on a GPU a tensor
     "Score the catalogue with all parts, standardised and added; with one part as they are."
     parts, used = teacher_parts(state, device), [n for n, w in state.weights.items() if w]
     return parts[used[0]](user_idx) if len(used) == 1 else fused_scores(parts, state.weights, user_idx)

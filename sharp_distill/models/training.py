@@ -92,7 +92,8 @@ def mse_loss(pos, # [B] scores of chosen items
     return (1 - torch.sigmoid(pos)).square().mean() + off.sum() / kept.sum().clamp(min=1)
 
 # %% ../../nbs/31_models.training.ipynb #c249de07
-def bpr_loss(pos, neg): # [B], [B, n]
+def bpr_loss(pos, # [B]
+             neg): # [B, n]
     "Return the Bayesian personalised ranking loss, -log sigmoid(pos - neg)."
     kept = torch.isfinite(neg)
     gap = (pos[:, None] - neg.masked_fill(~kept, 0))
@@ -161,7 +162,7 @@ def mask_train(scores, # [B, n] scores of the candidates
 # %% ../../nbs/31_models.training.ipynb #97bb22e5
 def draw_items(train: sp.csr_matrix, # [U, I]
                users, # int64 [B], each with a train item
-               gen: torch.Generator): # int64 [B]
+               gen: torch.Generator) -> torch.Tensor: # int64 [B]
     "Draw one train item for each user."
     share = torch.rand(len(users), generator=gen, dtype=torch.float64)
     if holds(users.device):
