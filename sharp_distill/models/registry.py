@@ -16,8 +16,8 @@ import pandas as pd
 from ..core import Config, option
 from ..plots.style import register_style
 from sharp_distill.models.method import (
-    _METHODS, GROUPS, Fits, Method, fit_method, fitted_together, made_of, method, methods, methods_for, refit, # noqa: F401
-    register) # noqa: F401
+    _METHODS, GROUPS, Fits, Method, fit_method, fitted_together, made_of, method, methods, methods_for, # noqa: F401
+    refit, register) # noqa: F401
 from ..text.learned_words import text_forms
 from .item_filter import MAX_ITEMS
 from sharp_distill.models.baselines import (
