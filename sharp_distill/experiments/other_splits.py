@@ -31,7 +31,7 @@ def _split_fits(data, protocol: str, seed: int, encoder: str, rows: list) -> Fit
     recall_options(fits, rows)
     return fits
 
-# %% ../../nbs/57_experiments.other_splits.ipynb #b980e724
+# %% ../../nbs/57_experiments.other_splits.ipynb #811e5857
 def _options_there(name, fits, known: dict, budget) -> tuple: # options, and what their search did: {} where none was
     if budget is None or method(name).kind == "ours": return known, {}
     study = tune(name, fits, budget)
