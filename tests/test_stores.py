@@ -209,7 +209,7 @@ def test_a_run_made_again_under_kills(light):
 def test_a_grid_job_is_done_once(tmp_path, monkeypatch):
     job, done = grid.Job(), tmp_path / "done"
     monkeypatch.setattr(grid, "check_record", read_json)
-    def train(job, folder):
+    def train(job, folder, outputs):
         with open(done, "a") as f: f.write("once\n")
         time.sleep(.02)
         return dict(format=3)
