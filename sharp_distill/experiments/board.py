@@ -219,14 +219,14 @@ def run_models(folder, board: str, names, # Of one group
                until: float = np.inf) -> dict: # Model -> its search, of those that are complete
     "Tune the models of a group, then fit and write their missing rows, seed by seed."
     found = {n: s for n in names if (s := _tuned(folder, board, n, fits, budget, until))}
-    rows, at = _rows_at(read_board(folder, board, begun=False), fits.split), {}
+    rows = _rows_at(read_board(folder, board, begun=False), fits.split)
+    at = {"cut": fits.split.cut} if fits.split.protocol == "temporal" else {}
     lack = {n: missing_seeds(rows, n, chosen(s, searched(n, fits)), budget) for n, s in found.items()}
     for seed in sorted({s for seeds in lack.values() for s in seeds}):
         for n in [n for n in lack if seed in lack[n] and time.time() <= until]:
             put_row(folder, board, fits.split, *fit_row(n, fits, _seeded(fits.config(n), seed)))
             lack[n].remove(seed)
         forget_seed(fits)
-    if fits.split.protocol == "temporal": at = {"cut": fits.split.cut}
     return {n: search_row(s, budget) | at for n, s in found.items() if not lack[n]}
 
 # %% ../../nbs/56_experiments.board.ipynb #1554a64f

@@ -300,7 +300,7 @@ class RankingConfig(TrainConfig):
     patience: int = option(5, "validations without a better one before stopping", lo=1)
     reg: float = option(3e-3, "L2 weight on the rows of a batch", lo=0.)
     loss: str = option("bpr", "ranking loss", choices=("softmax", "bpr", "mse"))
-    n_negatives: int = option(256, "negatives shared by a batch; 0: the whole catalogue, or 2,048 of a large one", lo=0)
+    n_negatives: int = option(256, "negatives shared by a batch; 0: all items, of a large catalogue some", lo=0)
     emb_dim: int = option(64, "embedding width d", lo=1, hi=4096)
     cosine: bool = option(False, "score by cosine instead of dot product")
     temperature: float = option(1., "divides the scores in the loss", lo=1e-3)

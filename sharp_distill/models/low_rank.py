@@ -261,7 +261,7 @@ class FISMConfig(RankingConfig):
     emb_dim: int = option(128, "embedding width d", lo=1, hi=4096)
     loss: str = option("softmax", "ranking loss", choices=("softmax", "bpr", "mse"))
     lr: float = option(.005, "Adam learning rate", lo=0.)
-    n_negatives: int = option(512, "negatives shared by a batch; 0: the whole catalogue, or 2,048 of a large one", lo=0)
+    n_negatives: int = option(512, "negatives shared by a batch; 0: all items, of a large catalogue some", lo=0)
     alpha: float = option(.5, "power of a history's length that divides its sum", lo=0., hi=1.)
 
 

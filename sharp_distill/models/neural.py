@@ -109,7 +109,7 @@ class SimpleXConfig(RankingConfig):
     lr: float = option(.01, "Adam learning rate", lo=0.)
     reg: float = option(1e-5, "L2 weight on the rows of a batch", lo=0.)
     loss: str = option("contrast", "the cosine contrastive loss", choices=("contrast",))
-    n_negatives: int = option(512, "negatives shared by a batch; 0: the whole catalogue, or 2,048 of a large one", lo=0)
+    n_negatives: int = option(512, "negatives shared by a batch; 0: all items, of a large catalogue some", lo=0)
     cosine: bool = option(True, "score by cosine instead of dot product")
     margin: float = option(.4, "cosine below which a negative costs nothing", lo=-1., hi=1.)
     neg_weight: float = option(10., "w, weight of the negatives", lo=0.)

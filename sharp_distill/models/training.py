@@ -49,7 +49,7 @@ class TrainConfig(Config):
     patience: int = option(8, "validations without a better one before stopping", lo=1)
     reg: float = option(1e-3, "L2 weight on the embeddings of a batch", lo=0.)
     loss: str = option("softmax", "ranking loss", choices=("softmax", "bpr", "mse"))
-    n_negatives: int = option(0, "negatives shared by a batch; 0: the whole catalogue, or 2,048 of a large one", lo=0)
+    n_negatives: int = option(0, "negatives shared by a batch; 0: all items, of a large catalogue some", lo=0)
     precision: str = option("float32", "arithmetic of the forward pass", choices=("float32", "bfloat16"))
     seed: int = option(0, "seed of weights, batches and negatives", lo=0)
     device: str = option("auto", "auto, cpu, cuda, mps")
