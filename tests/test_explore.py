@@ -16,7 +16,7 @@ pytestmark = pytest.mark.xdist_group("explore") # one training for all
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'> A quiet triumph."
-TINY = dict(emb_dim=16, teacher_emb_dim=16, epochs=1, teacher_epochs=3, models="popularity,lightgcn")
+TINY = dict(split="random", emb_dim=16, teacher_emb_dim=16, epochs=1, teacher_epochs=3, models="popularity,lightgcn")
 
 
 def finish(cfg): # -> The run's folder

@@ -13,7 +13,7 @@ from sharp_distill.experiments.grid import CHILD, Change, LaunchConfig, is_done,
 from sharp_distill.experiments.record import check_record
 from sharp_distill.experiments.run import RunConfig
 
-QUICK = RunConfig.from_dict(dict(teacher_epochs=1, epochs=1, emb_dim=8, encoder="none", teacher_item_filter="none"))
+QUICK = RunConfig.from_dict(dict(split="random", teacher_epochs=1, epochs=1, emb_dim=8, encoder="none", teacher_item_filter="none"))
 SMALL = dict(job=dict(n_users=200))
 
 pytestmark = pytest.mark.xdist_group("grid") # one grid for all

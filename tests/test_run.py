@@ -37,9 +37,9 @@ def run(tmp_path_factory):
 @pytest.mark.xdist_group("run")
 def test_the_record_is_complete_and_learned_something(run):
     record = check_record(run)
-    assert record["config"]["teacher_epochs"] == 3 and record["config"]["epochs"] == 1 and record["split"]["protocol"] == "random"
+    assert record["config"]["teacher_epochs"] == 3 and record["config"]["epochs"] == 1 and record["split"]["protocol"] == "temporal"
     ndcg = {name: m["metrics"]["NDCG@10"]["mean"] for name, m in record["models"].items()}
-    assert list(ndcg) == ["popularity", "ease", "lightgcn", "ease+tfidf", "student_no_kd", "teacher", "student"]
+    assert list(ndcg) == ["popularity", "ease", "lightgcn", "ease+tfidf", "popularity_decayed", "slist", "student_no_kd", "teacher", "student"]
     assert ndcg["teacher"] > 2 * ndcg["popularity"] and ndcg["student"] > 2 * ndcg["popularity"] < ndcg["ease"] < ndcg["ease+tfidf"]
 
 
@@ -177,7 +177,7 @@ def test_a_run_over_two_windows(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(cuts=3), "cuts is 3 under protocol 'random'"), (dict(split="temporal", cuts=0), "cuts is 0"),
+    (dict(split="random", cuts=3), "cuts is 3 under protocol 'random'"), (dict(split="temporal", cuts=0), "cuts is 0"),
     (dict(split="temporal", eval_targets="lst"), "Did you mean 'last'"), (dict(split="temporl"), "Did you mean 'temporal'")])
 def test_windows_that_are_refused(options, words):
     with pytest.raises(UserError, match=words): prepare(run_config(dict(options, encoder="none")))
@@ -185,7 +185,7 @@ def test_windows_that_are_refused(options, words):
 
 def test_a_temporal_record_without_users_with_history_is_refused(tmp_path):
     from sharp_distill.core import read_json, write_json
-    record = read_json(ROOT / "outputs/results/sample.json")
+    record = read_json(ROOT / "outputs/results/million.json")
     record["split"]["protocol"] = "temporal"
     with pytest.raises(UserError, match="users with history"): check_record(write_json(tmp_path / "run.json", record))
 
@@ -215,6 +215,7 @@ def test_stored_results_are_records_of_the_default_run():
         record["config"] = NEWER | record["config"] | dict(teacher_sequence="none")
         default = RunConfig.from_dict(dict(dataset=record["dataset"])).flat() | dict(output_dir=None, dataset=record["dataset"])
         more, usual = set(record["config"].pop("models").split(",")), set(default.pop("models").split(","))
+        if record["config"]["split"] == "random": default, usual = default | dict(split="random"), usual - {"popularity_decayed", "slist"}
         assert usual <= more and len(more - usual) <= 1, path.name # a baseline may stand beside the usual ones
         assert json.loads(json.dumps(default)) == record["config"], path.name
 

@@ -174,7 +174,7 @@ def open_run(cfg: RunConfig, folder=None, # A finished run's folder, whose stude
 
 def _fit_all(fits: Fits, last: Fits, cfg: RunConfig, record, rec, tell) -> tuple: # {name: Scorer}, `Explorer.valid`
     "Fit every method that is shown but a stored student, with one popularity for users without history."
-    names, scorers, chosen = methods_for(cfg.model_names, last.split.n_items), {}, {}
+    names, scorers, chosen = methods_for(cfg.model_names, last.split), {}, {}
     for k, name in enumerate(names, 1):
         tell(k / (len(names) + 1), method(name).label)
         if name == "student" and rec: scorers[name] = Scorer(name, lambda u: rec.user_emb[u] @ rec.item_emb.T)

@@ -76,7 +76,7 @@ def _fit_twice(split, cfg): # -> `Fitted`
     from sharp_distill.models.registry import methods_for
     from sharp_distill.text.reviews import encode_reviews
     fits = run_fits(Prepared(None, split, encode_reviews(split, cfg.encoder, cfg.reviews), 0.), cfg)
-    return read_test(fits, choose(methods_for(cfg.model_names, split.n_items), fits, cfg.seed), twice=True)
+    return read_test(fits, choose(methods_for(cfg.model_names, split), fits, cfg.seed), twice=True)
 
 # %% ../../nbs/60_app.front.ipynb #7f1c113d
 def measured(found: dict) -> list: # {name: EvalResult} -> of dict, ready for JSON

@@ -135,7 +135,7 @@ def over_cuts(results: list, # `EvalResult`s of one model, one a window
 @dataclass(frozen=True)
 class SplitConfig(Config):
     "How the rows are divided into train, validation and test."
-    split: str = option("random", "protocol of the split; auto: temporal where every row has a time",
+    split: str = option("auto", "protocol of the split; auto: temporal where every row has a time, else random",
                         choices=(*PROTOCOLS, "auto"))
     cuts: int = option(1, "test windows of a temporal split, one after the other", lo=1, hi=50)
     eval_targets: str = option("all", "held-out rows of a user that count under a temporal split", choices=TARGETS)

@@ -103,8 +103,8 @@ class RunConfig(Config):
     encoder: str = option("tfidf", "review encoder: tfidf, shipped, shuffled, none, a folder, a hub name")
     seed: int = option(0, "seed of split, weights and batches", lo=0)
     k: int = option(10, "cut-off of tables and figures", lo=1, hi=100)
-    models: str = option("popularity,ease,ease+tfidf,lightgcn,student_no_kd,teacher,student",
-                         "methods of the run, with commas")
+    models: str = option("popularity,popularity_decayed,ease,ease+tfidf,slist,lightgcn,student_no_kd,teacher,student",
+                         "methods of the run, with commas; one that needs times is left out where rows have none")
     sensitivity: bool = option(True, "run the small sweep around the chosen values")
     n_queries: int = option(100, "queries timed for each model", lo=10)
     precision: str = option("float32", "arithmetic of the trainings and of a neural encoder",
@@ -215,7 +215,7 @@ def fit_models(prepared: Prepared, cfg: RunConfig,
                folder=None) -> Fitted: # A `RunFolder`: the reading of test is noted in its ledger
     "Fit every method of a run, then read the test part, or each test window, once for each."
     split, found = prepared.split, []
-    names, ks = methods_for(cfg.model_names, split.n_items), tuple(sorted({5, 10, 20, cfg.k}))
+    names, ks = methods_for(cfg.model_names, split), tuple(sorted({5, 10, 20, cfg.k}))
     note = folder and (lambda split: folder.note(split, len(names), prepared.data.sha))
     with on_cluster(cfg.place.cluster):
         for cut in range(split.cuts):

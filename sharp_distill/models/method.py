@@ -38,6 +38,7 @@ class Method:
     in_time: dict = field(default_factory=dict) # What reads times, and is tried too where the split is cut in time
     learns_from: str = "" # A method that must be fitted before
     trained: bool = False # Depends on a seed
+    needs_times: bool = False # Left out where a row has no time
     max_items: int = 10**9 # Catalogue beyond which it is left out
     beyond: str = "" # The method that takes its place there
 
@@ -82,10 +83,12 @@ def methods(*groups: str) -> list: # Names, in the order of registration
     return [n for n, m in _METHODS.items() if not groups or m.group in groups]
 
 
-def methods_for(names, n_items: int) -> list: # Names
-    "Return the methods as a catalogue of this size allows them: those of `beyond`, or nothing, for those too large."
-    fit_for = [n if n_items <= method(n).max_items else method(n).beyond for n in names]
-    return list(dict.fromkeys(n for n in fit_for if n))
+def methods_for(names, split: Split) -> list: # Names
+    "Return the methods that a split allows: for those too large those of `beyond`, and none that needs absent times."
+    names = [n if split.n_items <= method(n).max_items else method(n).beyond for n in names]
+    untimed = [n for n in names if n and method(n).needs_times and not split.train.has_time.all()]
+    if untimed: print(f"{' and '.join(untimed)} left out: they need times, and rows have none.")
+    return list(dict.fromkeys(n for n in names if n and n not in untimed))
 
 # %% ../../nbs/39_models.method.ipynb #be0ffdd9
 @dataclass(frozen=True, eq=False)

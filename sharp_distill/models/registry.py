@@ -152,14 +152,14 @@ TIMED = dict(RIDGE, **WORDS)
 for m in (
     Method("popularity_decayed", "popularity, decayed", "grey", "^", "baseline", (*IDS, "times"),
            DecayedPopularityConfig, _plain(fit_decayed_popularity), dict(half_life=(1, 10_000, "log")),
-           dict(half_life=(7., 14., 30., 60., 125., 250., 500., 0.))),
+           dict(half_life=(7., 14., 30., 60., 125., 250., 500., 0.)), needs_times=True),
     Method("timed_ease+tfidf", "timed EASE + TF-IDF", "blue", ">", "baseline", (*TEXT, "times"), TimedEASEConfig,
            _timed_with_text(fit_timed_ease, "timed_ease+tfidf"), TIMED,
-           dict(text_weight=(3., 9.), reg=(100., 300., 1000., 3000.))),
+           dict(text_weight=(3., 9.), reg=(100., 300., 1000., 3000.)), needs_times=True),
     Method("slist", "SLIST + TF-IDF", "brown", "X", "baseline", (*TEXT, "times"), SLISTConfig,
            _timed_with_text(fit_slist, "slist"), dict(TIMED, alpha=(0, 1, "linear"), step_half_life=(1, 32, "log")),
-           dict(text_weight=(1., 3.), reg=(100., 300., 1000.), alpha=(.2, .5)), max_items=MAX_ITEMS,
-           beyond="timed_ease+tfidf"),
+           dict(text_weight=(1., 3.), reg=(100., 300., 1000.), alpha=(.2, .5)), needs_times=True,
+           max_items=MAX_ITEMS, beyond="timed_ease+tfidf"),
 ): register(m)
 
 # %% ../../nbs/39_models.registry.ipynb #d15533aa
@@ -204,9 +204,9 @@ ORDER = dict(lr=(1e-4, 3e-3, "log"), dropout=(.1, .6, "linear"), n_layers=(1, 3,
              max_len=(20, 50, 100), patience=(5, 8))
 for m in (
     Method("sasrec", "SASRec", "green", "d", "competing model", (*IDS, "times"), SASRecConfig, _watched(fit_sasrec),
-           ORDER, in_time=FADING, trained=True),
+           ORDER, in_time=FADING, trained=True, needs_times=True),
     Method("sasrec+text", "SASRec + text", "green", "P", "competing model", (*TEXT, "times"), SASRecConfig,
-           _fit_text_sasrec, ORDER, in_time=FADING, trained=True)): register(m)
+           _fit_text_sasrec, ORDER, in_time=FADING, trained=True, needs_times=True)): register(m)
 
 # %% ../../nbs/39_models.registry.ipynb #39dd0005
 for m in (
