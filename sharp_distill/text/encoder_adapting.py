@@ -140,7 +140,7 @@ class TrainEncoderConfig(Config):
     held_out: str = option("", "a data set that training never sees; empty: the test part of `dataset`")
     teacher: str = option("lsa", "lsa (no download), or a folder or hub name of a sentence encoder")
     n_windows: int = option(45_000, "windows of text that the teacher reads", 100)
-    n_strings: int = option(0, "strings of the teacher's own words, and half as many mixed windows", 0)
+    n_strings: int = option(0, "the teacher's own words, so many strings of them, and half as many mixed windows", 0)
     vocab_size: int = option(15_000, "pieces of the tokenizer", 300)
     max_tokens: int = option(64, "tokens read of a window or a review", 4, 512)
     seed: int = option(0, "of windows, weights and batches", 0)

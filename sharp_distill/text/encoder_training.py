@@ -6,9 +6,10 @@
 __all__ = ['SPECIAL', 'SIM_WEIGHT', 'train_tokenizer', 'cut_windows', 'teacher_words', 'word_strings', 'teacher_vectors',
            'fit_projection', 'project', 'EncoderTrainingConfig', 'new_encoder', 'piece_texts', 'vector_loss',
            'embed_batch', 'shuffled_batches', 'schedule', 'make_optimizer', 'train_step', 'agreement',
-           'distill_encoder', 'save_encoder']
+           'save_checkpoint', 'load_checkpoint', 'distill_encoder', 'save_encoder']
 
 # %% ../../nbs/24_text.encoder_training.ipynb #532ed31f
+import itertools
 import json
 import math
 import re
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import Config, option, progress, rng
+from ..core import (
+    Config, UserError, content_sha, option, progress, read_json, rng, whole_file, write_json)
 from .deberta import quiet_transformers
 from .encoders import ReviewConfig, encode_texts, load_encoder, pool_tokens
 
@@ -214,25 +216,67 @@ def agreement(student, tokenizer, windows: list, targets, max_tokens: int = 64) 
     rank = spearmanr((s @ s.T)[upper], (targets @ targets.T)[upper])[0]
     return dict(held_cosine=float((s * targets).sum(1).mean()), held_rank=float(rank))
 
+# %% ../../nbs/24_text.encoder_training.ipynb #b3e7002d
+def save_checkpoint(folder, model, optimizer, best: dict, counters: dict): # best: name -> tensor
+    "Write the state of a training, whole or not at all."
+    from safetensors.torch import save_file
+    names = {p: n for n, p in model.named_parameters()}
+    tensors = {f"model.{n}": p for p, n in names.items()} | {f"best.{n}": t for n, t in best.items()}
+    tensors |= {f"adam.{k}.{names[p]}": t for p, state in optimizer.state.items() for k, t in state.items()}
+    file = Path(folder) / f"checkpoint_{counters['step']}.safetensors"
+    with whole_file(file) as tmp: save_file({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, tmp)
+    write_json(Path(folder) / "checkpoint.json", counters | dict(file=file.name))
+    for old in Path(folder).glob("checkpoint_*.safetensors"):
+        if old != file: old.unlink()
+
+
+def load_checkpoint(folder, model, optimizer, sha: str): # -> (best, counters), or None where there is none
+    "Take a training up where it was left, refusing one of other options or rows."
+    import torch
+    from safetensors.torch import load_file
+    if not (Path(folder) / "checkpoint.json").exists(): return None
+    counters = read_json(Path(folder) / "checkpoint.json")
+    file, params = Path(folder) / counters["file"], dict(model.named_parameters())
+    if counters["sha"] != sha or not file.exists():
+        raise UserError(f"{Path(folder).name!r} holds a half-done training of other options, rows or encoder, or a "
+                        "part of it is gone: expected another folder, or delete this one to start anew.")
+    parts = {"model": {}, "best": {}, "adam": {}}
+    for key, t in load_file(file).items():
+        kind, _, name = key.partition(".")
+        parts[kind][name] = t
+    with torch.no_grad():
+        for n, p in params.items(): p.copy_(parts["model"][n])
+    for key, t in parts["adam"].items():
+        k, _, name = key.partition(".")
+        optimizer.state[params[name]][k] = t if k == "step" else t.to(params[name].device)
+    return parts["best"], counters
+
 # %% ../../nbs/24_text.encoder_training.ipynb #448a2abe
 def distill_encoder(student, tokenizer, windows: list, targets, cfg: EncoderTrainingConfig,
                     held_out=None, # (windows, targets) from texts that training never sees
-                   ): # The log as a table of about six rows
+                    folder=None, # Where the state is kept at each look; None: nowhere
+                    until: int | None = None): # Stop after so many steps -> the log as a table of about six rows
     "Train a student towards the teacher's vectors."
     import pandas as pd
     import torch
-    targets, log, start = torch.as_tensor(targets), [], time.perf_counter()
+    c = dict(step=0, sha=content_sha(cfg.to_dict(), windows, np.asarray(targets)), seconds=0., log=[])
     optimizer, every = make_optimizer(student.train(), cfg.lr), max(1, cfg.steps // 6)
-    batches = shuffled_batches(windows, cfg.batch_size, rng(cfg.seed, "distill"))
-    for step in progress(range(cfg.steps), "distilling"):
+    if folder: c = (load_checkpoint(folder, student, optimizer, c["sha"]) or ({}, c))[1]
+    targets, began = torch.as_tensor(targets), time.perf_counter() - c["seconds"]
+    batches = itertools.islice(shuffled_batches(windows, cfg.batch_size, rng(cfg.seed, "distill")), c["step"], None)
+    for step in progress(range(c["step"], cfg.steps), "distilling"):
+        if step == until: return pd.DataFrame(c["log"])
         rows = next(batches)
         s = embed_batch(student, tokenizer, [windows[i] for i in rows], cfg.max_tokens)
         loss, parts = vector_loss(s, targets[rows].to(s.device))
         train_step(student, optimizer, loss, cfg.lr * schedule(step, cfg.steps, max(1, cfg.steps // 20)))
-        if (step + 1) % every == 0 or step == cfg.steps - 1:
-            held = agreement(student, tokenizer, *held_out, cfg.max_tokens) if held_out else {}
-            log.append(dict(step=step + 1, seconds=time.perf_counter() - start, **parts, **held))
-    return pd.DataFrame(log)
+        if (step + 1) % every and step != cfg.steps - 1: continue
+        c |= dict(step=step + 1, seconds=time.perf_counter() - began)
+        held = agreement(student, tokenizer, *held_out, cfg.max_tokens) if held_out else {}
+        c["log"].append(dict(step=step + 1, seconds=c["seconds"], **parts, **held))
+        if folder: save_checkpoint(folder, student, optimizer, {}, c)
+    for old in Path(folder).glob("checkpoint*") if folder else (): old.unlink()
+    return pd.DataFrame(c["log"])
 
 # %% ../../nbs/24_text.encoder_training.ipynb #2590f999
 def save_encoder(model, tokenizer, folder) -> Path: # A folder for `encode_reviews`

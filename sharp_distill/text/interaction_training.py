@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['N_KEPT', 'KEPT_IN_STEP', 'InteractionTrainingConfig', 'draw_items', 'draw_texts', 'draw_step', 'embed_pieces',
-           'item_rows', 'interaction_loss', 'kept_texts', 'keep_loss', 'shares_of', 'step_loss', 'save_checkpoint',
-           'load_checkpoint', 'look_at', 'training_sha', 'keep_look', 'finish_training', 'train_on_interactions']
+           'item_rows', 'interaction_loss', 'kept_texts', 'keep_loss', 'shares_of', 'step_loss', 'look_at',
+           'training_sha', 'keep_look', 'finish_training', 'train_on_interactions']
 
 # %% ../../nbs/24_text.interaction_training.ipynb #b3e70003
 import math
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import (
-    Config, UserError, content_sha, option, part, progress, read_json, rng, whole_file, write_json)
+from ..core import Config, UserError, content_sha, option, part, progress, read_json, rng, write_json
 from ..data.synthetic import place_within
-from .encoder_training import make_optimizer, save_encoder, schedule, train_step, vector_loss
+from .encoder_training import (
+    load_checkpoint, make_optimizer, save_checkpoint, save_encoder, schedule, train_step, vector_loss)
 from .encoders import ReviewConfig, batches_by_length, find_encoder, load_encoder, pool_tokens
 from .interaction_rows import TokenConfig, TokenRows, dense_documents, look_ndcg, make_look
 from .vector_cache import encoder_sha
@@ -165,41 +165,6 @@ def step_loss(model, sets: list, kept: list, cfg: InteractionTrainingConfig, ste
         raise UserError(f"the device has no memory for a step of {cfg.batch_items} items with {cfg.n_reviews} reviews "
                         f"each: set checkpointing, or lower batch_items, such as {max(4, cfg.batch_items // 2)}."
                         ) from None
-
-# %% ../../nbs/24_text.interaction_training.ipynb #b3e7002d
-def save_checkpoint(folder, model, optimizer, best: dict, counters: dict): # best: name -> tensor
-    "Write the state of a training, whole or not at all."
-    from safetensors.torch import save_file
-    names = {p: n for n, p in model.named_parameters()}
-    tensors = {f"model.{n}": p for p, n in names.items()} | {f"best.{n}": t for n, t in best.items()}
-    tensors |= {f"adam.{k}.{names[p]}": t for p, state in optimizer.state.items() for k, t in state.items()}
-    file = Path(folder) / f"checkpoint_{counters['step']}.safetensors"
-    with whole_file(file) as tmp: save_file({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, tmp)
-    write_json(Path(folder) / "checkpoint.json", counters | dict(file=file.name))
-    for old in Path(folder).glob("checkpoint_*.safetensors"):
-        if old != file: old.unlink()
-
-
-def load_checkpoint(folder, model, optimizer, sha: str): # -> (best, counters), or None where there is none
-    "Take a training up where it was left, refusing one of other options or rows."
-    import torch
-    from safetensors.torch import load_file
-    if not (Path(folder) / "checkpoint.json").exists(): return None
-    counters = read_json(Path(folder) / "checkpoint.json")
-    file, params = Path(folder) / counters["file"], dict(model.named_parameters())
-    if counters["sha"] != sha or not file.exists():
-        raise UserError(f"{Path(folder).name!r} holds a half-done training of other options, rows or encoder, or a "
-                        "part of it is gone: expected another folder, or delete this one to start anew.")
-    parts = {"model": {}, "best": {}, "adam": {}}
-    for key, t in load_file(file).items():
-        kind, _, name = key.partition(".")
-        parts[kind][name] = t
-    with torch.no_grad():
-        for n, p in params.items(): p.copy_(parts["model"][n])
-    for key, t in parts["adam"].items():
-        k, _, name = key.partition(".")
-        optimizer.state[params[name]][k] = t if k == "step" else t.to(params[name].device)
-    return parts["best"], counters
 
 # %% ../../nbs/24_text.interaction_training.ipynb #b3e70030
 def look_at(model, sets: list, looks: list, cfg: InteractionTrainingConfig) -> dict: # data set -> NDCG@10
