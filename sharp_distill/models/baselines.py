@@ -376,7 +376,7 @@ def fit_ranking_model(name: str, split,
                   weight=row_weights(split.train, getattr(model.cfg, "row_half_life", 0.)))
     n_params = sum(p.numel() for p in model.parameters())
     found = embedding_scorer(name, *final_embeddings(model), history.train_s, n_params, model.cfg.to_dict(), history)
-    return replace(found, chosen=dict(epochs=history.best_epoch + 1))
+    return replace(found, chosen=history.told)
 
 # %% ../../nbs/33_models.baselines.ipynb #a6b54f37
 def fit_lightgcn(split, cfg: LightGCNConfig = LightGCNConfig(), checkpoint=None, watch=None) -> Scorer:

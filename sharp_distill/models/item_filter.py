@@ -318,6 +318,11 @@ class ItemFilter:
     options: dict # ridge, text_weight, n_neighbours, edge_power, session_weight; what was chosen
     train_s: float = 0. # Seconds of all fits and validations
 
+    @property
+    def told(self) -> dict: # Options of `PartsConfig` that repeat this fit; the networks' own session weight stays
+        own = dict(session_weight="filter_session_weight")
+        return {own.get(k, k): v for k, v in self.options.items() if k != "edge_power"}
+
     def __repr__(self):
         chosen = ", ".join(f"{k} {v:g}" for k, v in self.options.items())
         return (f"ItemFilter({self.B.shape[0]:,} items, validation NDCG@10 {self.valid:.4f}, {self.train_s:.1f} s: "
@@ -377,6 +382,7 @@ def fit_item_filter(split, # Split
         R = split.train.to_csr()
         text = text_likeness(item_text(split, reviews.encoder, reviews), pick_device(device))
         grams = {0.: ItemGram(sparse_gram(R, edge_power), text, R.nnz / R.shape[1])}
+        session_weight = chosen and chosen.get("session_weight") or session_weight
         if sessions is not None:
             edges = grams[0.].edges + np.float32(session_weight) * sparse_gram(sessions.T.tocsr(), edge_power)
             grams[session_weight] = replace(grams[0.], edges=sp.csr_matrix(edges))
@@ -384,14 +390,11 @@ def fit_item_filter(split, # Split
         most = chosen["n_neighbours"] if chosen else min(most, max(grid["n_neighbours"]))
         neighbours = nearest_items(list(grams.values())[-1], most)                                 # the same for both
         def choose():
-            found = []
-            for weight, gram in grams.items():
-                options, valid = choose_local(split, gram, neighbours, grid, histories)
-                found.append((valid, options | dict(edge_power=edge_power, session_weight=weight)))
-            return max(found, key=lambda f: f[0])
-        told = chosen and (float("nan"), chosen | dict(edge_power=edge_power, session_weight=max(grams)))
-        valid, options = told or choose()
-        n = options["n_neighbours"]
-        near = None if n == R.shape[1] - 1 else neighbours[:, :n]
+            found = [(choose_local(split, gram, neighbours, grid, histories), at) for at, gram in grams.items()]
+            (options, valid), at = max(found, key=lambda f: f[0][1])
+            return valid, options | dict(edge_power=edge_power, session_weight=at)
+        told = min((chosen or {}).get("session_weight", np.inf), max(grams)) # 0: no sessions, whose neighbours stay
+        valid, options = (np.nan, chosen | dict(edge_power=edge_power, session_weight=told)) if chosen else choose()
+        near = None if (n := options["n_neighbours"]) == R.shape[1] - 1 else neighbours[:, :n]
         B = sp.csr_matrix(solve_local(grams[options["session_weight"]], near, [options])[0])
     return ItemFilter(B, valid, options, w.s)

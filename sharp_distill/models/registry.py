@@ -230,6 +230,7 @@ class ItemRidgeConfig(Config):
     ridge: float = option(0., "ridge of the closed form; 0: chosen", lo=0.)
     text_weight: float = option(-1., "weight of the words in it; -1: chosen", lo=-1.)
     n_neighbours: int = option(0, "neighbours of an item in it; 0: chosen", lo=0)
+    filter_session_weight: float = option(-1., "session_weight, beside these three; -1: chosen, that or 0", lo=-1.)
 
 
 @dataclass(frozen=True)
@@ -241,8 +242,8 @@ class ItemRidgeNoSessionsConfig(ItemRidgeConfig):
 def _fit_item_ridge(split, reviews, cfg, fits=None, watch=None):
     "Fit the item-item ridge over users, sessions and words."
     found = fit_filter(split, reviews, TeacherConfig(parts=PartsConfig(**cfg.to_dict())))
-    chosen = {n: v for n, v in found.options.items() if n in cfg.names()}
-    return replace(item_scorer("item_ridge", split, found.B, found.train_s, found.options), state=found, chosen=chosen)
+    scorer = item_scorer("item_ridge", split, found.B, found.train_s, found.options)
+    return replace(scorer, state=found, chosen=found.told)
 
 
 for m in (

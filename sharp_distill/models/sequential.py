@@ -276,4 +276,4 @@ def fit_sasrec(split, cfg: SASRecConfig = SASRecConfig(), checkpoint=None, watch
     "Train SASRec as a method of the tables."
     s, name = train_sasrec(split, cfg, checkpoint, watch, text), "sasrec" if text is None else "sasrec+text"
     found = embedding_scorer(name, s.user_emb, s.item_emb, s.history.train_s, s.n_params, cfg.to_dict(), s.history)
-    return replace(found, state=s, chosen=dict(epochs=s.history.best_epoch + 1))
+    return replace(found, state=s, chosen=s.history.told)

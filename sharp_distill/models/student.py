@@ -124,6 +124,6 @@ def student_scorer(state: StudentState, name: str = "student"): # A Scorer
     if rows and holds(device): rows["on_device"] = dot_scorer(*rows.values(), device)
     config = state.config.to_dict() | (state.target_config.to_dict() if state.target_config else {})
     by_teacher = config.get("soft_labels", "none") != "none" and config["select_by"] == "fidelity"
-    chosen = dict(epochs=state.history.best_epoch + 1) if state.history and not by_teacher else {}
+    chosen = state.history.told if state.history and not by_teacher else {}
     return Scorer(name, lambda u: student_scores(state, state.user_emb[u]), state.n_params, state.n_bytes,
                   state.train_s, config=config, chosen=chosen, history=state.history, state=state, **rows)

@@ -52,6 +52,7 @@ class PartsConfig(Config):
     ridge: float = option(0., "ridge of the closed form; 0: chosen", lo=0.)
     text_weight: float = option(-1., "weight of the words in it; -1: chosen", lo=-1.)
     n_neighbours: int = option(0, "neighbours of an item in it; 0: chosen", lo=0)
+    filter_session_weight: float = option(-1., "session_weight in it, beside the three; -1: chosen, that or 0", lo=-1.)
     half_life: float = option(-1., "days in which a row of a history comes to count half; 0: never; -1: chosen, where "
                                    "the split is cut in time", lo=-1.)
     trend_half_life: float = option(-1., "the same of a row in an item's popularity", lo=-1.)
@@ -60,8 +61,9 @@ class PartsConfig(Config):
     @property
     def fixed_filter(self) -> dict | None: # None: chosen on validation
         "Return the closed form's options, where all of them are given."
+        if not (self.ridge and self.text_weight >= 0 and self.n_neighbours): return None
         given = dict(ridge=self.ridge, text_weight=self.text_weight, n_neighbours=self.n_neighbours)
-        return given if self.ridge and self.text_weight >= 0 and self.n_neighbours else None
+        return given | (dict(session_weight=w) if (w := self.filter_session_weight) >= 0 else {})
 
 # %% ../../nbs/35_models.teacher.ipynb #fcd12207
 @dataclass(frozen=True)
@@ -325,9 +327,8 @@ def fuse(state: TeacherState, split, found: ItemFilter | None = None, # A fitted
     "Add what else there is to trained networks, with the weights that validation prefers."
     with Stopwatch() as t:
         if found is not None:
-            state = replace(state, item_filter=found.B, valid=state.valid | dict(filter=found.valid,
-                            filter_options=found.options),
-                            chosen=state.chosen | {k: v for k, v in found.options.items() if k in PartsConfig.names()})
+            valid = state.valid | dict(filter=found.valid, filter_options=found.options)
+            state = replace(state, item_filter=found.B, valid=valid, chosen=state.chosen | found.told)
         if sequence is not None:
             state = replace(state, sequence=dict(user=sequence.user_emb, item=sequence.item_emb))
         if split.protocol in CUT_IN_TIME:
@@ -342,8 +343,7 @@ def fuse(state: TeacherState, split, found: ItemFilter | None = None, # A fitted
     seconds = sum(part.train_s for part in (found, sequence) if part is not None)
     chosen = dict(weights=weights_text(weights), sequence="sasrec+text" if weights.get("sequence") else "none")
     return replace(state, weights=weights, valid=state.valid | valid | dict(weights=weights),
-                   chosen=state.chosen | chosen,
-                   train_s=state.train_s + seconds + t.s)
+                   chosen=state.chosen | chosen, train_s=state.train_s + seconds + t.s)
 
 # %% ../../nbs/35_models.teacher.ipynb #6e7a1301
 ROW_HALF_LIVES = (0., 60., 240.) # days, tried where validation chooses one
@@ -360,7 +360,7 @@ def train_networks(split, reviews, cfg: TeacherConfig, # With its `row_half_life
                   lambda: valid_ndcg(present_scores(model, now, hgnn_scores), split), cfg, checkpoint, "teacher",
                   (split.sha, reviews.encoder), row_weights(split.train, cfg.row_half_life))
     return replace(now(), valid=dict(hgnn=history.best_valid), train_s=history.train_s, history=history,
-                   chosen=dict(epochs=history.best_epoch + 1, row_half_life=cfg.row_half_life))
+                   chosen=history.told | dict(row_half_life=cfg.row_half_life, most_steps=0)) # the epochs are no guess
 
 
 def choose_networks(split, reviews, cfg: TeacherConfig, checkpoint=None) -> TeacherState:

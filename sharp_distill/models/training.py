@@ -218,9 +218,13 @@ class History:
     rows: tuple = field(default=()) # One dictionary an epoch: epoch, loss, parts, valid, seconds
     best_epoch: int = -1 # -1: before the first step
     best_valid: float = -np.inf
+    resolved: dict = field(default_factory=dict) # Batch size and learning rate, where the rows decided them
 
     @property
     def train_s(self) -> float: return sum(r["seconds"] for r in self.rows)
+    @property
+    def told(self) -> dict: # Options that make a fit on more rows repeat this one
+        return dict(epochs=self.best_epoch + 1) | self.resolved
 
     def to_frame(self):
         "Return one row an epoch."
@@ -347,7 +351,8 @@ def fit(model: nn.Module, # Trained in place; holds its best weights afterwards
     gen, device = torch_rng(cfg.seed, "fit", name), next(model.parameters()).device
     key = content_sha(cfg.sha(), list(also))
     rows = tuple(torch.as_tensor(np.asarray(r, dtype=np.int64)) for r in rows)
-    cfg = sized(cfg, len(rows[0]))
+    cfg, given = sized(cfg, len(rows[0])), cfg
+    resolved = {n: getattr(cfg, n) for n in ("batch_size", "lr") if getattr(cfg, n) != getattr(given, n)}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.Adam(trained, lr=cfg.lr, fused=holds(device) or None)
     if checkpoint and Path(checkpoint).exists(): best, history = load_checkpoint(checkpoint, model, optimiser, gen, key)
@@ -366,4 +371,4 @@ def fit(model: nn.Module, # Trained in place; holds its best weights afterwards
         if checkpoint: save_checkpoint(checkpoint, model, best, optimiser, gen, history, key)
     model.load_state_dict(best)
     model.eval()
-    return history
+    return replace(history, resolved=resolved)
