@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import refused
 
@@ -98,6 +99,18 @@ def test_partitions_hold_what_one_file_would(shops, k, min_rating, tmp_path):
     partition_interactions(folder, tmp_path / "out", LargeConfig(k_core=k, min_rating=min_rating), cluster="")
     data, wanted = load_partitioned(tmp_path / "out"), load_interactions(table, k_core=k, min_rating=min_rating)
     assert data.sha == wanted.sha and 0 < len(data) < len(table) and (data.n_users < 150) == (k > 1)
+
+
+@pytest.mark.parametrize("when", ["dates", "milliseconds", "text", "none"])
+def test_times_of_parquet_folders_are_seconds(when, tmp_path):
+    frame = make_sample(n_users=40, n_items=20).to_frame()[["user_id", "item_id", "timestamp"]]
+    date = pd.to_datetime(frame["timestamp"], unit="s")
+    forms = dict(dates=date, milliseconds=frame["timestamp"] * 1000, text=date.astype(str), none=None)
+    (tmp_path / "in").mkdir()
+    (frame.assign(timestamp=forms[when]) if when != "none" else frame.drop(columns="timestamp")).to_parquet(tmp_path / "in" / "a.parquet")
+    partition_interactions(str(tmp_path / "in"), tmp_path / "out", cluster="")
+    data = load_partitioned(tmp_path / "out")
+    assert data.has_time.all() == (when != "none") and (when == "none" or sorted(data.timestamp) == sorted(frame["timestamp"]))
 
 
 def test_two_workers_write_the_same_partitions(shops, two_workers, tmp_path):

@@ -424,3 +424,11 @@ def test_each_planted_strength_is_off_at_zero():
         pairs = (ordered.item_id + " " + ordered.item_id.shift(-1).astype(str))[same].value_counts()
         return pairs.iloc[:20].sum()
     assert steps(series) > 2 * steps(calm)
+
+
+def test_users_are_drawn_among_those_who_have_rows():
+    "After a filter on ratings some users have none left."
+    frame = pd.DataFrame(dict(user_id=[f"u{n}" for n in range(10)], item_id="i", rating=[5.] * 5 + [1.] * 5))
+    for seed in range(5):
+        drawn = clean(from_frame(frame), CleanConfig(min_rating=4., n_users=4, seed=seed))
+        assert (drawn.n_users, len(drawn)) == (4, 4)

@@ -238,6 +238,65 @@ def test_what_may_not_be_served_is_said_once_and_the_old_model_goes_on(untimed, 
     assert served.model.recommend("u1").equals(toy_shop(0).recommend("u1")) and len(said) == 5
 
 
+def test_ids_that_come_later_are_those_of_the_fit(timed, capsys):
+    "Blanks and decimal points name nobody new, and no id is shown as another."
+    at = timed.recommender.at + 86_400
+    grown = timed.add_interactions(pd.DataFrame(dict(user_id=["7 ", 7.0], item_id=["5001", " 5002"], timestamp=at)))
+    assert len(grown.recommender.user_ids) == len(timed.recommender.user_ids)
+    assert {5001, 5002} & set(grown.explain(7, 5009)["item_id"].dropna())
+    for text in ("007", "+7", "1_0"):
+        with pytest.raises(sd.UserError, match="would be shown as"): timed.add_users(pd.DataFrame(dict(user_id=[text], item_id=[5001], timestamp=at)))
+    with pytest.raises(sd.UserError, match="no user or no item"): timed.add_interactions(pd.DataFrame(dict(user_id=["", 3], item_id=[5001, 5002], timestamp=at)))
+    timed.add_interactions(pd.DataFrame(dict(user_id=[7], item_id=[5003], timestamp=["05/12/2031"])))
+    assert "could be read in two ways" in capsys.readouterr().out
+
+
+def test_moments_are_one_however_written(timed):
+    at = timed.recommender.at + 30 * 86_400
+    same = [timed.recommend([7], 3, at=form) for form in (at, str(at), np.int64(at), pd.Timestamp(at, unit="s", tz="UTC"), str(np.datetime64(at, "s")))]
+    assert all(t.equals(same[0]) for t in same) and not same[0].equals(timed.recommend([7], 3))
+    for late in (1000 * at, str(1000 * at), 10**30):
+        with pytest.raises(sd.UserError, match="before the year 2200"): timed.recommend([7], 3, at=late)
+
+
+def test_without_histories_nothing_is_added_and_nothing_is_guessed(timed, tmp_path):
+    timed.save(tmp_path / "bare", histories=False)
+    bare, row = sd.load(tmp_path / "bare"), pd.DataFrame(dict(user_id=[999], item_id=[5001], timestamp=timed.recommender.at + 1))
+    for call in (bare.add_users, bare.add_interactions):
+        with pytest.raises(sd.UserError, match="saved without users"): call(row)
+    assert bare.recommend_new([5001]).equals(timed.recommend_new([5001]))
+
+
+def test_new_items_come_with_a_vector_and_a_title_each(untimed):
+    rec, vector = untimed.recommender, np.ones(untimed.recommender.item_map.shape[0], np.float32)
+    for vectors, titles in (([vector], None), ([vector, vector], ["one"])):
+        with pytest.raises(sd.UserError, match="one of each"): rec.with_items(["9101", "9102"], vectors, titles)
+    assert rec.with_items(["9101", "9102"], [vector, vector], np.array(["a", "b"])).item_titles[-1] == "b"
+
+
+def test_lists_never_clear_what_is_not_theirs(timed, tmp_path):
+    made = tmp_path / "made"
+    timed.recommend_all(made, 3)
+    before = {p.name: p.read_bytes() for p in made.iterdir()}
+    with pytest.raises(sd.UserError, match="before"): timed.recommend_all(made, 3, at="1990-01-01")
+    assert {p.name: p.read_bytes() for p in made.iterdir()} == before
+    for name in ("part-0.parquet", "part-000000000000.parquet", "manifest.json"):
+        other = tmp_path / name.replace(".", "-")
+        other.mkdir()
+        if name.endswith("json"): (other / name).write_text('{"mine": 1}')
+        else: pd.DataFrame(dict(a=[1])).to_parquet(other / name)
+        with pytest.raises(sd.UserError, match="no part of lists"): timed.recommend_all(other, 3)
+        assert (other / name).exists()
+
+
+def test_types_of_ids_are_those_of_all_files(rows, tmp_path):
+    one, two = tmp_path / "one.parquet", tmp_path / "two.parquet"
+    rows.to_parquet(one); rows.astype(dict(user_id=str)).to_parquet(two)
+    assert id_types([one, one], None, ["1"], ["5001"])["user_id"] == "int32"
+    assert id_types([one, two], None, ["1", "x1"], ["5001"])["user_id"] == "str"
+    assert id_types(rows.set_index("user_id", drop=False), None, (), ())["user_id"] == "int32"
+
+
 def test_lists_for_everyone_are_those_of_recommend(untimed, tmp_path):
     manifest = untimed.recommend_all(tmp_path / "lists", k=7, exclude=[5003, 5004], only={1: [5003, 5005], 2: [5006]})
     lists = pd.read_parquet(tmp_path / "lists" / manifest["parts"][0]["file"])

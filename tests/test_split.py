@@ -240,7 +240,9 @@ def test_who_comes_after_the_cut_is_a_cold_start_user():
 def test_auto_goes_by_time_where_it_can(capsys):
     assert make_split(SAMPLE, "auto", cuts=2).protocol == "temporal" and capsys.readouterr().out == ""
     some = np.where(np.arange(len(SAMPLE)) < 7, NO_TIME, SAMPLE.timestamp)
-    for when, why in ((some, "7 of"), (np.full(len(SAMPLE), 99), "all rows are of one time")):
+    imported = np.where(np.arange(len(SAMPLE)) < .8 * len(SAMPLE), SAMPLE.timestamp.min(), SAMPLE.timestamp) # most at one date
+    days = 10**9 + 86_400 * (np.arange(len(SAMPLE)) % 3)
+    for when, why in ((some, "7 of"), (np.full(len(SAMPLE), 99), "all rows are of one time"), (imported, "in time empty"), (days, "3 moments")):
         assert make_split(replace(SAMPLE, timestamp=when), "auto").protocol == "random"
         said = capsys.readouterr().out
         assert said.count("\n") == 1 and why in said and "hides" in said

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core import UserError, did_you_mean
 from ..data.columns import listed, named_columns, one_id, pick_columns, plain_name
-from ..data.interactions import as_frame
+from ..data.interactions import _flat_frame, as_frame
 
 # %% ../../nbs/60_app.bring.ipynb #faa589df
 WHOLE_ID = re.compile(r"0|-?[1-9]\d{0,17}")
@@ -60,13 +60,14 @@ def id_types(data, # What `load_interactions` was given
              user_ids, item_ids) -> dict: # Texts that were read. "user_id" and "item_id" -> type
     "Return the types in which ids came in."
     if (frame := as_frame(data)) is not None:
-        flat = frame.reset_index() if any(n is not None for n in frame.index.names) else frame
+        flat = _flat_frame(frame)
         names = pick_columns(list(flat.columns), columns)
         return {n: column_type(flat[names[n]], names[n]) for n in ("user_id", "item_id")}
-    first = data[0] if isinstance(data, (list, tuple)) else data
-    found = _schema_types(Path(first).expanduser(), columns) if not hasattr(first, "read") else {}
+    files = data if isinstance(data, (list, tuple)) else [data]
+    found = [{} if hasattr(f, "read") else _schema_types(Path(f).expanduser(), columns) for f in files]
+    said = {n: {kinds.get(n) for kinds in found} for n in ("user_id", "item_id")} # files may differ
     texts = dict(user_id=user_ids, item_id=item_ids)
-    return {n: found.get(n) or text_type(ids) for n, ids in texts.items()}
+    return {n: (len(said[n]) == 1 and said[n].pop()) or text_type(ids) for n, ids in texts.items()}
 
 # %% ../../nbs/60_app.bring.ipynb #6b142960
 def cell_text(value) -> str:

@@ -70,7 +70,7 @@ def hit_matrix(topk, # int64[n, K], -1 for padding
               ) -> np.ndarray: # bool[n, K]
     "Mark which of the recommended items the user really chose."
     coo, n_items = truth.tocoo(), truth.shape[1]
-    keys = np.sort(coo.row.astype(np.int64) * n_items + coo.col)
+    keys = np.sort(np.append(coo.row.astype(np.int64) * n_items + coo.col, -1)) # never empty; -1 is nobody's
     wanted = np.asarray(user_idx)[:, None] * n_items + topk
     at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return (keys[at] == wanted) & (topk >= 0)
@@ -176,24 +176,24 @@ class EvalResult:
     part: str # "valid" or "test"
     split_sha: str # Of the split
     name: str = "" # The model, for tables
+    spread: dict = field(default_factory=dict) # As `metrics`, for intervals over several windows; empty: the metrics
 
     def values(self, name: str) -> np.ndarray: # float64[n]
         "Return one metric of every user."
-        if name not in self.metrics:
-            raise UserError(f"{name!r} was not measured: expected one of {', '.join(self.metrics)}."
-                            f"{did_you_mean(name, self.metrics)}")
-        return self.metrics[name]
+        if name in self.metrics: return self.metrics[name]
+        raise UserError(f"{name!r} was not measured: expected one of {', '.join(self.metrics)}."
+                        f"{did_you_mean(name, self.metrics)}")
 
     def mean(self, name: str = "NDCG@10") -> float: return float(self.values(name).mean())
 
     def ci95(self, name: str = "NDCG@10", n_boot: int = 1000, seed: int = 0) -> tuple: # (low, high)
         "Return the bootstrap interval that holds the mean over users with 95 % confidence."
-        means = bootstrap_means(self.values(name)[:, None], n_boot, seed)[:, 0]
+        means = bootstrap_means(self.spread.get(name, self.values(name))[:, None], n_boot, seed)[:, 0]
         return tuple(float(q) for q in np.quantile(means, [.025, .975]))
 
     def summary(self, n_boot: int = 1000, seed: int = 0) -> dict: # name -> {"mean", "ci95"}
         "Return mean and interval of every metric, ready for JSON."
-        means = bootstrap_means(np.column_stack(list(self.metrics.values())), n_boot, seed)
+        means = bootstrap_means(np.column_stack(list((self.metrics | self.spread).values())), n_boot, seed)
         low, high = np.quantile(means, [.025, .975], axis=0)
         return {m: dict(mean=self.mean(m), ci95=[float(low[j]), float(high[j])]) for j, m in enumerate(self.metrics)}
 

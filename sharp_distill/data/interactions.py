@@ -271,10 +271,10 @@ def draw_users(data: Interactions,
                seed: int = 0, # Draws them
               ) -> Interactions:
     "Keep all rows of some users, drawn at random."
-    if n_users >= data.n_users: return data
-    chosen = np.zeros(data.n_users, bool)
-    chosen[rng(seed, "draw users").permutation(data.n_users)[:n_users]] = True
-    kept = data.take(chosen[data.user_idx])
+    there = np.unique(data.user_idx) # filters leave users without a row
+    if n_users >= len(there): return data
+    chosen = rng(seed, "draw users").permutation(there)[:n_users]
+    kept = data.take(np.isin(data.user_idx, chosen))
     return compact(add_step(kept, f"{n_users:,} users drawn", f"seed {seed}"))
 
 # %% ../../nbs/14_data.interactions.ipynb #2888e920

@@ -18,7 +18,8 @@ import pandas as pd
 from ..cluster import map_blocks, ranges
 from ..core import Config, UserError, content_sha, option, read_json, whole_file, write_json
 from .columns import ENCODING_HELP, Faults, pick_columns, tidy
-from .files import check_file, read_table
+from .dates import NO_TIME
+from .files import check_file, join_pieces, read_table
 from .interactions import Interactions, add_step, number_ids
 
 # %% ../../nbs/17_data.large.ipynb #c3a00006
@@ -60,7 +61,8 @@ def read_partition(part, # From `list_partitions`
         with pq.ParquetFile(file) as f:
             names = pick_columns(f.schema_arrow.names, cfg.columns)
             frame = f.read_row_group(group, [*dict.fromkeys(names.values())]).to_pandas()
-        return tidy(frame, names, Faults(cfg.bad_rows == "skip"))
+        faults = Faults(cfg.bad_rows == "skip")
+        return join_pieces([tidy(frame, names, faults)], faults)
     except Exception as e: # Arrow raises many kinds
         raise UserError(f"partition {name} cannot be read: {' '.join(str(e).split())[:200]}") from None
 
@@ -96,7 +98,7 @@ def stage_partition(block, # (number, partition)
         out[f"sample_{side}"] = ids[:: max(1, len(ids) // 100)].tolist()
     column = lambda c, kind, default: frame[c].to_numpy(kind) if c in frame else np.full(len(frame), default, kind)
     _write(f"{work}/rows-{n}.parquet", user=out.pop("user"), item=out.pop("item"),
-           rating=column("rating", np.float32, 1), timestamp=column("timestamp", np.int64, -1),
+           rating=column("rating", np.float32, 1), timestamp=column("timestamp", np.int64, NO_TIME),
            review=column("review", object, ""))
     return out | dict(rows=len(frame))
 

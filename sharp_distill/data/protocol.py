@@ -74,7 +74,7 @@ def with_popularity_fallback(scorer: Scorer, split: Split, # That the scorer was
         rows = np.array(scorer(user_idx), np.float32)
         rows[new[user_idx]] = popular
         return rows
-    return replace(scorer, score=score, user_emb=None, item_emb=None)
+    return replace(scorer, score=score, user_emb=None, item_emb=None, on_device=None) # what rankings would ask first
 
 # %% ../../nbs/16_data.protocol.ipynb #16bb0012
 def with_history(result: EvalResult, split: Split, # That was evaluated
@@ -122,14 +122,15 @@ def over_cuts(results: list, # `EvalResult`s of one model, one a window
     "Join a model's results over windows, user by user, so that each window counts alike."
     if len(results) == 1: return results[0]
     some = [r for r in results if len(r.user_idx)] or results[:1]
-    users, total = np.unique(np.concatenate([r.user_idx for r in some])), {}
+    users, total, spread = np.unique(np.concatenate([r.user_idx for r in some])), {}, {}
     for m in some[0].metrics:
-        total[m] = np.zeros(len(users))
+        total[m], spread[m] = np.zeros(len(users)), np.full(len(users), np.mean([r.mean(m) for r in some]))
         for r in some:
-            weight = len(users) / (len(some) * max(len(r.user_idx), 1))
-            total[m][np.searchsorted(users, r.user_idx)] += weight * r.values(m)
+            weight, at = len(users) / (len(some) * max(len(r.user_idx), 1)), np.searchsorted(users, r.user_idx)
+            total[m][at] += weight * r.values(m)
+            spread[m][at] += weight * (r.values(m) - r.mean(m)) # being asked often is no spread
     return EvalResult(users, np.empty((len(users), 0), np.int64), total, some[0].part,
-                      content_sha([r.split_sha for r in results]), some[0].name)
+                      content_sha([r.split_sha for r in results]), some[0].name, spread)
 
 # %% ../../nbs/16_data.protocol.ipynb #16bb00b2
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def check_split(split: Split) -> Split: # The same split
     for name in ("train", "test"):
         if not len(parts[name]):
             raise UserError(f"the {name} part is empty under protocol {split.protocol!r}: the data have too few rows, "
-                            "or all of one time; try protocol='random'.")
+                            "or all of one time; try protocol='random' (split='random' of a run and of fit).")
     pairs = {p: part.user_idx * split.n_items + part.item_idx for p, part in parts.items()}
     for p in PARTS:
         if len(np.unique(pairs[p])) < len(pairs[p]):
@@ -193,8 +193,9 @@ PROTOCOLS = {"random": (assign_random, (.7, .1, .2)), "random_70_20_10": (assign
 def auto_protocol(data: Interactions) -> str: # "temporal" where every row has a time, else "random"
     "Choose the protocol that the data allow; say so where it cannot go by time."
     unknown, when = int((~data.has_time).sum()), data.timestamp
-    if not unknown and when.min() < when.max(): return "temporal"
-    why = f"{unknown:,} of {len(data):,} rows have no time" if unknown else "all rows are of one time"
+    if not unknown and _all_filled(np.sort(when), PROTOCOLS["temporal"][1], 1): return "temporal"
+    why = f"{unknown:,} of {len(data):,} rows have no time" if unknown else "all rows are of one time" \
+        if when.min() == when.max() else f"{len(np.unique(when)):,} moments leave a part of a cut in time empty"
     print(f"the split is random, for {why}: it hides how models do on what comes later, and rewards those that see a "
           "user's later rows.")
     return "random"

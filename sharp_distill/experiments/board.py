@@ -114,8 +114,9 @@ def put_row(folder, name: str, split: Split, # Whose validation part the options
     return rows
 
 # %% ../../nbs/56_experiments.board.ipynb #19d0a0eb
-def users_frame(folder, name: str,
-                rows: list) -> pd.DataFrame: # user by model; a model is left out where the file does not hold its rows
+def users_frame(folder, name: str, rows: list,
+                spread: bool = False, # What `user_intervals` draws from
+               ) -> pd.DataFrame: # user by model; a model is left out where the file does not hold its rows
     "Return NDCG@10 of every user, averaged over a model's seeds; of several windows each counts alike."
     found = read_users(folder, name)
     at = lambda r: found.get(f"{r['model']} {r['seed']}{_at(r.get('cut'))}")
@@ -128,7 +129,8 @@ def users_frame(folder, name: str,
     kept = [m for m in whole_models(rows) if all(map(holds, by_model(rows)[m]))]
     joined = {m: over_cuts([of_window(rs) for rs in by_cut(by_model(rows)[m]).values()]) for m in kept}
     users = next((r.user_idx for r in joined.values()), [])
-    return pd.DataFrame({m: r.values("NDCG@10") for m, r in joined.items()}, index=pd.Index(users, name="user_idx"))
+    values = lambda r: r.spread.get("NDCG@10", r.values("NDCG@10")) if spread else r.values("NDCG@10")
+    return pd.DataFrame({m: values(r) for m, r in joined.items()}, index=pd.Index(users, name="user_idx"))
 
 # %% ../../nbs/56_experiments.board.ipynb #eef1f460
 def seed_values(folder, name: str, rows: list) -> dict: # Model -> float64 [S, n], a row a seed, users as in the frame
@@ -205,9 +207,9 @@ def _write_tests(folder, name, windows, rows, searches, against):
     return out
 
 # %% ../../nbs/56_experiments.board.ipynb #14b80b25
-def missing_seeds(rows: list, name: str, options: dict, budget: Budget) -> list:
+def missing_seeds(rows: list, name: str, options: dict, budget: Budget, protocol=None) -> list: # As for `options_of`
     "Return the seeds of a model without a row of these options."
-    have = {r["seed"] for r in rows if r["model"] == name and options_of(r) == options}
+    have = {r["seed"] for r in rows if r["model"] == name and options_of(r, protocol) == options}
     return [s for s in range(budget.n_seeds if method(name).trained else 1) if s not in have]
 
 
@@ -221,7 +223,8 @@ def run_models(folder, board: str, names, # Of one group
     found = {n: s for n in names if (s := _tuned(folder, board, n, fits, budget, until))}
     rows = _rows_at(read_board(folder, board, begun=False), fits.split)
     at = {"cut": fits.split.cut} if fits.split.protocol == "temporal" else {}
-    lack = {n: missing_seeds(rows, n, chosen(s, searched(n, fits)), budget) for n, s in found.items()}
+    seeds = lambda n, s: missing_seeds(rows, n, chosen(s, searched(n, fits)), budget, fits.split.protocol)
+    lack = {n: seeds(n, s) for n, s in found.items()}
     for seed in sorted({s for seeds in lack.values() for s in seeds}):
         for n in [n for n in lack if seed in lack[n] and time.time() <= until]:
             put_row(folder, board, fits.split, *fit_row(n, fits, _seeded(fits.config(n), seed)))
@@ -244,7 +247,7 @@ def recall_options(fits: Fits, rows: list = (), budget: Budget | None = None,
     found = set()
     for name in names or dict.fromkeys(inner for n in methods() for inner in made_of(n, fits)):
         study = budget and open_study(name, fits, budget)
-        of = [options_of(r) for r in _rows_at(rows, fits.split) if r["model"] == name][-1:]
+        of = [options_of(r, fits.split.protocol) for r in _rows_at(rows, fits.split) if r["model"] == name][-1:]
         if study and not wants_more(study, searched(name, fits), budget): of = [chosen(study, searched(name, fits))]
         for options in of: _take(name, fits, options); found.add(name)
     return found
@@ -302,7 +305,7 @@ def refit_row(fits: Fits, # Of the row's window; `recall_options` tells it the o
     return again
 
 # %% ../../nbs/56_experiments.board.ipynb #e4f4528b
-def user_intervals(users: pd.DataFrame, # From `users_frame`
+def user_intervals(users: pd.DataFrame, # From `users_frame`, with `spread`
                    n_boot: int = 1000, seed: int = 0) -> pd.DataFrame: # model x ("user low", "user high"), 95 %
     "Bootstrap each model's mean over the users, with the same draws for all."
     if users.empty: return pd.DataFrame({"user low": [], "user high": []}, dtype=float)

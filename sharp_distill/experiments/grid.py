@@ -39,7 +39,7 @@ from ..text.reviews import ReviewConfig, encode_reviews
 from ..models import distillation, item_filter, published, rank_distillation, student, teacher, training
 from ..models.distillation import DistilledConfig, StudentConfig, TargetConfig, distill, gather_targets
 from ..models.published import PublishedStudentConfig, PublishedTargetConfig, PublishedTeacherConfig
-from ..models.registry import Fits, NoDistillationConfig, method
+from ..models.registry import Fits, NoDistillationConfig, made_of, method
 from ..models.student import student_scorer
 from ..models.teacher import TeacherConfig, teacher_scorer, train_teacher
 from .latency import time_queries
@@ -189,18 +189,21 @@ def cached(folder: Path, # Made by `cache_dir`
 class JobFits(Fits):
     "Fits whose teachers are trained once for all jobs."
     share: bool = True # False: trained here
-    def _place(self, kind: str, cfg) -> Path: # A folder of a teacher's options
+    def _place(self, kind: str, *cfgs) -> Path: # A folder of the options of a teacher and of what is made into it
         return cache_dir(kind, content_sha(self.split.sha, self.reviews.encoder, self.review_config.to_dict(),
-                                           type(cfg).__name__, cfg.to_dict()))
+                                           [[type(cfg).__name__, cfg.to_dict()] for cfg in cfgs]))
     @property
-    def folder(self) -> Path: return self._place("teachers", self.config("teacher")) # With its targets
+    def folder(self) -> Path: # Of the teacher, with its targets
+        return self._place("teachers", self.config("teacher"), *map(self.config, made_of("teacher", self)))
 
     def fit(self, name: str, seed: int = 0) -> Scorer:
         "Return a method with its chosen options; a teacher is read from the cache where it is known."
         if name != "teacher" or not self.share: return super().fit(name, seed)
         cfg, at = self.config(name), self._place("networks", self.config(name).of_networks)
         def make(): # teachers with the same networks share their training
-            with FileLock(at / ".lock"): return train_teacher(self.split, self.reviews, cfg, at / "fit.safetensors")
+            parts = [self.fit(part, seed) for part in made_of(name, self)] # a sequential network, or none
+            with FileLock(at / ".lock"):
+                return train_teacher(self.split, self.reviews, cfg, at / "fit.safetensors", None, *parts)
         kept = lambda: replace(teacher_scorer(cached(self.folder, name, make)), config=cfg.flat())
         return self.keep((name, cfg.sha()), kept)
 

@@ -46,12 +46,12 @@ def board_row(scorer: Scorer, split: Split, seed: int) -> tuple: # (row, EvalRes
     return measured_row(scorer, result, split, seed), result
 
 
-def _method_of(row): return method(row["model"]).under("temporal" if "cut" in row else "random")
+def _method_of(row, protocol=None): return method(row["model"]).under(protocol or ("temporal" if "cut" in row else ""))
 
 
-def options_of(row: dict) -> dict: # Option -> value
+def options_of(row: dict, protocol: str | None = None) -> dict: # Of the split, where known. Option -> value
     "Return the searched options of a row."
-    return {o: row["config"][o] for o in _method_of(row).space if o in row["config"]}
+    return {o: row["config"][o] for o in _method_of(row, protocol).space if o in row["config"]}
 
 # %% ../../nbs/55_experiments.rows.ipynb #13f61ee9
 def window_facts(split: Split) -> dict: # Ready for JSON

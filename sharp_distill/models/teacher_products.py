@@ -58,7 +58,7 @@ def low_rank_parts(state: TeacherState) -> tuple: # X float64 [U, D], Y float64 
     if state.trend is not None: pairs["trend"] = np.ones((n_users, 1)), state.trend[:, None]
     if state.sequence: pairs["sequence"] = state.sequence["user"], state.sequence["item"]
     X, Y = [np.zeros((n_users, 0))], [np.zeros((n_items, 0))]
-    for name in pairs.keys() & state.weights.keys():
+    for name in [n for n in pairs if n in state.weights]: # in one order in every process
         x, y = (np.asarray(a, np.float64) for a in pairs[name])
         y = y - y.mean(0)
         spread = np.sqrt(np.maximum(((x @ (y.T @ y / n_items)) * x).sum(1), 0))

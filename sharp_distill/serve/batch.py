@@ -7,12 +7,14 @@ __all__ = ['lists_sha', 'part_rows', 'write_part', 'recommend_all']
 
 # %% ../../nbs/44_serve.batch.ipynb #c2a00003
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 from ..cluster import map_blocks, ranges
 from ..core import UserError, content_sha, progress, whole_file, write_json
+from .moments import check_moment, read_moment
 from .recommender import Recommender, list_rules
 from .rules import ID_TYPES
 from .topk import check_k
@@ -62,12 +64,22 @@ def _schema(id_types: dict):
     return pa.schema(dict(user_id=user, rank=pa.int32(), item_id=item, title=pa.string(), score=pa.float32()))
 
 # %% ../../nbs/44_serve.batch.ipynb #c2a0000d
+def _is_ours(path) -> bool: # A part of lists, whole or broken, or their manifest
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    try:
+        if path.name == "manifest.json": return "lists" in json.loads(path.read_text(encoding="utf-8"))
+        if not re.fullmatch(r"part-\d{12}\.parquet", path.name): return False
+        return b"lists" in (pq.read_metadata(path).metadata or {})
+    except (OSError, pa.ArrowInvalid, ValueError, TypeError): return path.suffix == ".parquet"
+
+
 def _claim_folder(path, sha: str) -> Path:
     "Return the folder to write into, cleared of other lists; refuse one that holds anything but lists."
     folder = Path(path).expanduser().resolve()
     if folder.is_file(): raise UserError(f"{folder} is a file: expected a folder, or a new name.")
     inside = sorted(p for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
-    strange = [p.name for p in inside if p.name != "manifest.json" and not p.match("part-*.parquet")]
+    strange = [p.name for p in inside if not _is_ours(p)]
     if strange:
         raise UserError(f"{folder} holds {strange[0]!r}, which is no part of lists: expected a new name or an empty "
                         "folder.")
@@ -88,6 +100,7 @@ def recommend_all(recommender: Recommender,
                  ) -> dict: # The manifest: parts, users, rows, k
     "Write the list of every user to a folder of Parquet parts; what is there already is not made again."
     check_k(k, len(recommender.item_ids))
+    if at is not None: at = check_moment(recommender, read_moment(at)) # before anything is cleared away
     asked = dict(zip(("exclude", "only"), list_rules(recommender, exclude, only, unknown_items)), at=at)
     n, sha = len(recommender.user_ids), lists_sha(recommender, k, all_items, block, asked)
     spans, folder = ranges(n, block), _claim_folder(path, sha)

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from ..core import UserError, did_you_mean
 from ..models.student import new_item_row, user_row
 from .native import has_fast_search
-from .moments import aged_rows, check_moment, more_rows, rows_at
+from .moments import aged_rows, check_moment, more_rows, read_moment, rows_at
 from .reasons import reasons
 from .rules import Catalogue, look_up, numbers_of, read_rule, ruled_topk, several, typed
 from .store import ARRAYS, StoredStudent
@@ -38,17 +38,9 @@ def _popularity(rec) -> Catalogue:
     return Catalogue(index_items(np.asarray(rec.item_degree, np.float32)[:, None]))
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70050
-def _moment(at) -> int: # Unix seconds
-    "Read a moment given as seconds or as a date."
-    if isinstance(at, (int, np.integer)): return int(at)
-    try: return int(np.datetime64(str(at)).astype("datetime64[s]").astype(np.int64))
-    except ValueError:
-        raise UserError(f"at is {at!r}: expected unix seconds or a date such as '2024-05-31'.") from None
-
-
 def _rows(rec, users, at): # int64 [n] -> float32 [n, d]
     "Return users' rows: the stored ones, or those of a later moment."
-    return rec.user_emb[users] if at is None else rows_at(rec, users, check_moment(rec, _moment(at)))
+    return rec.user_emb[users] if at is None else rows_at(rec, users, check_moment(rec, read_moment(at)))
 
 # %% ../../nbs/43_serve.recommender.ipynb #e3a70024
 def list_rules(rec, exclude=None, only=None, unknown_items="error", asked=()) -> list: # of two `Rule`s, or None
@@ -157,8 +149,12 @@ def _new_list(rec, row, have, user_id, k, all_items, exclude=None, only=None, un
 # %% ../../nbs/43_serve.recommender.ipynb #a3a5c1ba
 def _items_more(rec, item_ids, review_embs, titles) -> dict: # [n], [n] of float32 [d_t], [n] -> Field: its new value
     "Return what changes when items are added."
-    names, n, titles = several(item_ids), len(rec.item_ids), titles or [None] * len(review_embs)
-    typed(names, rec.id_types.get("item_id", "str"), "item")
+    names, n = several(item_ids), len(rec.item_ids)
+    titles = [None] * len(names) if titles is None else list(titles)
+    if not len(names) == len(review_embs) == len(titles):
+        raise UserError(f"{len(names)} items with {len(review_embs)} vectors and {len(titles)} titles: expected one of "
+                        "each for every item.")
+    typed(names, rec.id_types.get("item_id", "str"), "item", new=True)
     for name, vector in zip(names, review_embs):
         if name in rec.item_number: raise UserError(f"item {name!r} exists already: expected a new id.")
         if vector is None:
@@ -184,7 +180,7 @@ def _reasons_table(rec, user_id, item_id, at): # -> DataFrame
     u, i = look_up(user_id, rec.user_number, "user"), look_up(item_id, rec.item_number, "item")
     if len(u) != 1 or len(i) != 1:
         raise UserError(f"{len(u)} users and {len(i)} items are named: expected one of each.")
-    items, parts, rest = reasons(rec, u[0], i[0], None if at is None else _moment(at))
+    items, parts, rest = reasons(rec, u[0], i[0], None if at is None else read_moment(at))
     order = np.argsort(-parts, kind="stable")
     rest = {name: part for name, part in rest.items() if part or name != "trend"}
     filled = lambda x: np.append(x[order].astype(object), np.full(len(rest), None, object))
@@ -197,7 +193,8 @@ def _times_in(rec, frame): # Unix seconds int64 [n]; None where the student read
     if rec.times is None: return None
     import pandas as pd
     from sharp_distill.data.dates import NO_TIME, unix_seconds
-    times, unread = unix_seconds(pd.Series(frame["timestamp"]))
+    times, unread = unix_seconds(pd.Series(frame["timestamp"]), notes=(notes := []))
+    for note in notes: print(note)
     if unread.any() or (times == NO_TIME).any():
         raise UserError("a row of the table has no time: expected a time for each row that is added, for this student "
                         "reads times.")
@@ -206,14 +203,19 @@ def _times_in(rec, frame): # Unix seconds int64 [n]; None where the student read
 
 def _added(rec, frame) -> dict: # Field -> its new value
     "Return what changes when a table of new rows is added."
+    from sharp_distill.data.columns import one_id
+    if not rec.facts.get("histories", True):
+        raise UserError("this student was saved without users (histories=False), whose rows new ones are weighed "
+                        "beside: expected recommend_new(items, ...), or a student saved with them.")
     need = ["user_id", "item_id"] + ["timestamp"] * (rec.times is not None)
     lost = [c for c in need if c not in frame]
     if lost or not len(frame):
         raise UserError(f"the table has {'no column ' + lost[0] if lost else 'no row'}: expected rows with "
                         f"{', '.join(need[:-1])} and {need[-1]}.")
-    users, items = (several(frame[c]) for c in need[:2])
+    users, items = ([one_id(v, c) for v in list(frame[c])] for c in need[:2])
+    if None in users or None in items: raise UserError("a row of the table has no user or no item: expected both.")
     new, vectors = [u for u in dict.fromkeys(users) if u not in rec.user_number], {}
-    typed(new, rec.id_types.get("user_id", "str"))
+    typed(new, rec.id_types.get("user_id", "str"), new=True)
     if "review" in frame and rec.text_encoder is not None:
         texts = {u: [] for u in new}
         for u, t in zip(users, frame["review"]):

@@ -49,14 +49,20 @@ ID_TYPES = ("str", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16
 def typed(names: np.ndarray, # object [n] of str
           kind: str = "str", # One of `ID_TYPES`
           what: str = "user", # For the error
+          new: bool = False, # Ids to come: refuse one that would be shown as another text, such as "007"
          ) -> np.ndarray: # [n]
     "Return ids in the type in which they were read."
     if kind not in ID_TYPES: raise UserError(f"{what} ids are of type {kind!r}: expected one of {', '.join(ID_TYPES)}.")
     if kind == "str": return np.asarray(names, object)
-    try: return np.array(list(map(int, names)), kind)
+    try: found = np.array(list(map(int, names)), kind)
     except (ValueError, OverflowError):
-        bad = next((n for n in names if not str(n).removeprefix("-").isdigit()), names[0])
+        ends, whole = np.iinfo(kind), lambda n: str(n).removeprefix("-").isdecimal()
+        bad = next((n for n in names if not (whole(n) and ends.min <= int(n) <= ends.max)), names[0])
         raise UserError(f"{what} {bad!r} is no id of this model: expected whole numbers ({kind}).") from None
+    other = next((n for n, v in zip(names, found.tolist()) if str(v) != str(n)), None) if new else None
+    if other is None: return found
+    raise UserError(f"{what} {other!r} would be shown as {int(other)}, for ids of this model are whole numbers: "
+                    f"expected '{int(other)}'.")
 
 # %% ../../nbs/42_serve.rules.ipynb #be858563
 def look_up(names, number: dict, # id -> number

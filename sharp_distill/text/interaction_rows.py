@@ -49,7 +49,7 @@ def hobby_shop(n_users: int = 150, n_items: int = 96, n_rows: int = 24, # Rows o
     return from_frame(pd.DataFrame(rows))
 
 # %% ../../nbs/24_text.interaction_rows.ipynb #b3e7000a
-SPLITS = dict(seeds=tuple(range(5)), cuts=3) # whose rows are never read: test of random splits, all windows in time
+SPLITS = dict(seeds=tuple(range(5)), cuts=(1, 3)) # whose rows are never read: test of random splits, windows in time
 
 
 def pair_keys(rows: Interactions) -> np.ndarray: # int64 [n], one number a pair of user and item
@@ -57,11 +57,13 @@ def pair_keys(rows: Interactions) -> np.ndarray: # int64 [n], one number a pair 
     return rows.user_idx * rows.n_items + rows.item_idx
 
 
-def first_window(data: Interactions, cuts: int): # Unix seconds; None where the data allow no split in time
-    "Find the moment at which the first validation window begins."
+def first_window(data: Interactions, cuts): # Numbers of windows; unix seconds, None where no split in time is possible
+    "Find the moment at which the first validation window begins, of all splits in time that the data allow."
     if not data.has_time.all(): return None
-    try: return make_split(data, protocol="temporal", cuts=cuts).valid_at
-    except UserError: return None
+    def begins(n):
+        try: return make_split(data, protocol="temporal", cuts=n).valid_at
+        except UserError: return None
+    return min((at for n in np.atleast_1d(cuts).tolist() if (at := begins(n)) is not None), default=None)
 
 
 def clean_rows(data: Interactions, seeds=SPLITS["seeds"], cuts=SPLITS["cuts"]) -> np.ndarray: # bool [n]
@@ -87,7 +89,7 @@ def rows_record(name: str, data: Interactions, rows: Interactions, seeds=SPLITS[
     how = ("data.take(clean_rows(data, seeds, cuts)), without rows whose text is empty, which clean_text says: "
            "the sha is content_sha(np.sort(pair_keys(rows)))")
     return dict(dataset=name, data_sha=data.sha, n_rows=len(rows), rows_sha=content_sha(np.sort(pair_keys(rows))),
-                seeds=list(seeds), cuts=cuts, first_window=first_window(data, cuts), how=how)
+                seeds=list(seeds), cuts=np.atleast_1d(cuts).tolist(), first_window=first_window(data, cuts), how=how)
 
 
 def check_rows_record(record: dict, data: Interactions): # Returns the rows
