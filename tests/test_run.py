@@ -206,7 +206,7 @@ def test_papermill_shows_the_help():
 
 
 NEWER = dict(cuts=1, eval_targets="all", half_life=-1., teacher_half_life=-1., teacher_trend_half_life=-1., teacher_ridge=0.,
-             teacher_text_weight=-1., teacher_n_neighbours=0, teacher_weights="", teacher_sequence="none", teacher_row_half_life=-1.) # options that runs did not have when these were stored: what they did without them
+             teacher_text_weight=-1., teacher_n_neighbours=0, teacher_weights="", teacher_sequence="none", teacher_row_half_life=-1., teacher_filter_session_weight=-1.) # options that runs did not have when these were stored: what they did without them
 
 
 def test_stored_results_are_records_of_the_default_run():

@@ -2,6 +2,7 @@
 
 Nothing is executed, nothing is fetched.
 """
+import argparse
 import ast
 import html
 import json
@@ -193,4 +194,7 @@ def build(out: Path) -> int: # Sphinx's exit status
         return failed
 
 
-if __name__ == "__main__": sys.exit(build(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "_docs"))
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "_docs", help="where the site is written")
+    sys.exit(build(parser.parse_args().folder))
