@@ -305,9 +305,10 @@ def refit_row(fits: Fits, # Of the row's window; `recall_options` tells it the o
     return again
 
 # %% ../../nbs/56_experiments.board.ipynb #e4f4528b
-def user_intervals(users: pd.DataFrame, # From `users_frame`, with `spread`
+def user_intervals(folder, name: str, rows: list, # As for `users_frame`
                    n_boot: int = 1000, seed: int = 0) -> pd.DataFrame: # model x ("user low", "user high"), 95 %
     "Bootstrap each model's mean over the users, with the same draws for all."
+    users = users_frame(folder, name, rows, spread=True)
     if users.empty: return pd.DataFrame({"user low": [], "user high": []}, dtype=float)
     low, high = np.quantile(bootstrap_means(users.to_numpy(), n_boot, seed), [.025, .975], axis=0)
     return pd.DataFrame({"user low": low, "user high": high}, index=users.columns)

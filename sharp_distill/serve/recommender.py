@@ -212,7 +212,7 @@ def _added(rec, frame) -> dict: # Field -> its new value
     if lost or not len(frame):
         raise UserError(f"the table has {'no column ' + lost[0] if lost else 'no row'}: expected rows with "
                         f"{', '.join(need[:-1])} and {need[-1]}.")
-    users, items = ([one_id(v, c) for v in list(frame[c])] for c in need[:2])
+    users, items = ([one_id(v, c) for v in frame[c]] for c in need[:2])
     if None in users or None in items: raise UserError("a row of the table has no user or no item: expected both.")
     new, vectors = [u for u in dict.fromkeys(users) if u not in rec.user_number], {}
     typed(new, rec.id_types.get("user_id", "str"), new=True)
